@@ -1,0 +1,53 @@
+"""Energy-based models in Bayesian modelling: energies in NumPyro models, BlackJAX samplers, ArviZ results."""
+
+from ebm_ppl.distribution import EnergyDistribution, energy_factor
+from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, ScaledEnergy, SumEnergy
+from ebm_ppl.inference import log_z, posterior_predictive, prior_predictive, read_log_z, sample
+from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
+from ebm_ppl.smc import SMC
+from ebm_ppl.target import Target, target
+from ebm_ppl.typing import (
+    DegenerateParticlesError,
+    EnergyError,
+    EnergyShapeError,
+    EnergyWarning,
+    IncomparableError,
+    IntractablePartitionError,
+    LogZ,
+    NonFiniteEnergyError,
+    NoReferenceError,
+    TemperingStalledError,
+)
+
+__all__ = [
+    "HMC",
+    "MALA",
+    "MCLMC",
+    "NUTS",
+    "SMC",
+    "DegenerateParticlesError",
+    "Energy",
+    "EnergyDistribution",
+    "EnergyError",
+    "EnergyShapeError",
+    "EnergyWarning",
+    "FunctionEnergy",
+    "IncomparableError",
+    "IntractablePartitionError",
+    "LogZ",
+    "MLPEnergy",
+    "NoReferenceError",
+    "NonFiniteEnergyError",
+    "QuadraticEnergy",
+    "ScaledEnergy",
+    "SumEnergy",
+    "Target",
+    "TemperingStalledError",
+    "energy_factor",
+    "log_z",
+    "posterior_predictive",
+    "prior_predictive",
+    "read_log_z",
+    "sample",
+    "target",
+]

@@ -1,0 +1,155 @@
+"""Draws as an ArviZ-schema `xarray.DataTree`: the one form of every result.
+
+    posterior          (chain, draw)      constrained latent and deterministic sites, equally weighted
+    sample_stats       (chain, draw)      statistics of the sampler, and `energy_<name>` of each energy term
+    log_likelihood     (chain, draw)      observed sites only, pointwise; never a factor
+    observed_data                         observed values
+    particles          (chain, particle)  weighted originals of a particle method, with `log_weight`
+    smc                (chain, stage)     its path: beta, ess, accept_rate, log_z_increment, ..., padded with NaN
+    log_z              (chain)            its estimate of each independent run, by phase
+
+Names of dimensions come from the plates of the model, or from the user's `dims`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from ebm_ppl.target import Target
+from ebm_ppl.typing import Array, Draws
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Dims = Mapping[str, Sequence[str]]
+Coords = Mapping[str, Any]
+LATENT_GROUPS = ("posterior", "prior")
+
+
+def to_datatree(
+    target: Target,
+    draws: Draws,
+    *,
+    group: str = "posterior",
+    coords: Coords | None = None,
+    dims: Dims | None = None,
+    log_likelihood: bool = True,
+) -> xr.DataTree:
+    """A DataTree of the draws of a target.
+
+    Args:
+        group: `"posterior"` or `"prior"`.
+        coords, dims: as in ArviZ, by name of dimension and of variable; they win over the names of plates.
+        log_likelihood: whether to evaluate the pointwise log likelihood of the observed sites.
+    """
+    wants_likelihood = log_likelihood and bool(target.spec.observed) and not target.spec.discrete
+    values, energies, likelihood = jax.device_get(_read_off(target, draws.z, wants_likelihood))
+    stats = {name: np.asarray(value) for name, value in draws.stats.items()}
+    stats |= {f"energy_{name}": value for name, value in energies.items()}
+    groups = {group: values, "sample_stats": stats, "log_likelihood": likelihood}
+    if target.spec.observed:
+        groups["observed_data"] = jax.device_get(observed_data(target))
+    tree = from_groups(target, groups, coords=coords, dims=dims)
+    tree.attrs.update(draws.attrs)
+    for name in (group, "sample_stats"):
+        if name in tree:
+            tree[name].attrs.update(draws.attrs)
+    if target.spec.observed:
+        tree.attrs["data_id"] = data_id(target)
+    _add_particles(tree, target, draws, coords, dims)
+    return tree
+
+
+def from_groups(
+    target: Target,
+    groups: Mapping[str, Mapping[str, Any]],
+    *,
+    coords: Coords | None = None,
+    dims: Dims | None = None,
+) -> xr.DataTree:
+    """ArviZ groups from dictionaries of arrays, with the names of dimensions that the model knows."""
+    from arviz_base import from_dict
+
+    known = {name: value for name, value in groups.items() if value}
+    shapes = {
+        name: np.shape(value)[0 if group == "observed_data" else 2 :]
+        for group, values in known.items()
+        for name, value in values.items()
+    }
+    return from_dict(known, coords=dict(coords or {}), dims=_dims(target, shapes, dims or {}))
+
+
+def _dims(target: Target, shapes: Mapping[str, tuple[int, ...]], wanted: Dims) -> dict[str, list[str]]:
+    """Names of dimensions of each variable: the user's, else the plate's, else ArviZ's default."""
+    plates = dict(target.spec.dims)
+    named = {}
+    for name, shape in shapes.items():
+        if name in wanted:
+            named[name] = list(wanted[name])
+            continue
+        known = plates.get(name, ())[: len(shape)]
+        known = known + (None,) * (len(shape) - len(known))
+        named[name] = [_safe(plate, shapes) or f"{name}_dim_{axis}" for axis, plate in enumerate(known)]
+    return named
+
+
+def _safe(plate: str | None, variables: Mapping[str, Any]) -> str | None:
+    """xarray cannot have a dimension with the name of a variable."""
+    return f"{plate}_dim" if plate in variables or plate in ("chain", "draw") else plate
+
+
+@eqx.filter_jit
+def _read_off(target: Target, z: Array, wants_likelihood: bool) -> tuple[dict, dict, dict]:
+    """All that is read off each draw, in one compiled pass over (chain, draw)."""
+    factors = [name for name, role in target.spec.roles if role != "data"]
+
+    def one(z: Array) -> tuple[dict, dict, dict]:
+        energies = {}
+        if factors and not target.spec.discrete:
+            energies = {name: energy for name, energy in target.energies(z).items() if name in factors}
+        likelihood = target.log_likelihood(z) if wants_likelihood else {}
+        return target.constrain(z), energies, likelihood
+
+    return jax.vmap(jax.vmap(one))(z)
+
+
+@eqx.filter_jit
+def observed_data(target: Target) -> dict[str, Array]:
+    """Values of the observed sites."""
+    return target.observed_data()
+
+
+def data_id(target: Target) -> str | None:
+    """Fingerprint of the observed values, whatever their sites are called; None without observed sites."""
+    if not target.spec.observed:
+        return None
+    values = jax.device_get(observed_data(target))
+    digests = sorted(
+        hashlib.sha256(repr(np.shape(value)).encode() + np.asarray(value, np.float32).tobytes()).hexdigest()
+        for value in values.values()
+    )
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def _add_particles(tree: xr.DataTree, target: Target, draws: Draws, coords: Coords | None, dims: Dims | None) -> None:
+    """The groups of particle methods, rectangular and safe for netCDF."""
+    import xarray as xr
+
+    if draws.particles is not None:
+        values, _, _ = jax.device_get(_read_off(target, draws.particles["z"], False))
+        values["log_weight"] = np.asarray(draws.particles["log_weight"])
+        weighted = from_groups(target, {"posterior": values}, coords=coords, dims=dims)["posterior"].to_dataset()
+        tree["particles"] = xr.DataTree(weighted.rename(draw="particle"))
+    if draws.stages is not None:
+        path = {
+            name: (("chain", "stage")[2 - np.ndim(value) :], np.asarray(value)) for name, value in draws.stages.items()
+        }
+        tree["smc"] = xr.DataTree(xr.Dataset(path))
+    if draws.log_z is not None:
+        tree["log_z"] = xr.DataTree(xr.Dataset({name: ("chain", value) for name, value in draws.log_z.items()}))

@@ -1,0 +1,267 @@
+"""Markov chains: starting points, warm-up and draws, in jitted chunks driven by a host loop.
+
+    start        z_c with finite log p and gradient, a bounded number of tries
+    warm-up      phases FAST, SLOW, WINDOW_END of `warmup.window_warmup`
+    draws        phase FROZEN of the same compiled function
+
+One compiled function serves warm-up and sampling, so that a run compiles the model's gradient inside a kernel once.
+The host loop between chunks is the one place for progress and for errors about the numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ebm_ppl import kernels
+from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning
+from ebm_ppl.target import Target
+from ebm_ppl.typing import Array, Draws, EnergyWarning, NonFiniteEnergyError, PRNGKey
+from ebm_ppl.warmup import FROZEN, Warmup, schedule, window_warmup
+
+Sampler = NUTS | HMC | MALA | MCLMC
+CANDIDATES = 10
+START_ROUNDS = 10
+START_RADIUS = 2.0
+
+
+class ChainState(NamedTuple):
+    """All that continues a run: pass it to `ebm.sample(..., state=state)`."""
+
+    kernel: Any
+    """States of the chains, with a leading chain axis."""
+    warmup: Any
+    """What the warm-up learned."""
+    keys: Array
+    """One key for each chain; step number i uses `fold_in(key, i)`."""
+    step: Array
+    """Number of steps made so far."""
+
+
+def run(
+    key: PRNGKey,
+    target: Target,
+    sampler: Sampler,
+    *,
+    num_chains: int,
+    num_warmup: int,
+    num_samples: int,
+    thin: int = 1,
+    init: str | dict[str, Any] = "uniform",
+    state: ChainState | None = None,
+    progress_bar: bool = True,
+) -> tuple[Draws, ChainState]:
+    """Draws from a target by a Markov chain sampler; see `ebm.sample`."""
+    target.require_tractable()
+    if target.dim == 0:
+        raise ValueError("The model has no continuous latent site to sample.")
+    warmup = _warmup(sampler, target.dim, num_warmup)
+    if state is None:
+        state = _start(key, target, sampler, warmup, num_chains, num_warmup, init)
+    else:
+        num_warmup = 0
+    warmup_steps = 0 if _is_unadjusted(sampler) else num_warmup
+    phases = np.concatenate([schedule(warmup_steps), np.full(num_samples * thin, FROZEN)])
+    records = []
+    with _progress(sampler.name, len(phases), progress_bar) as bar:
+        for chunk in _chunks(warmup_steps, num_samples * thin):
+            state, record = _advance(target, sampler, num_warmup, state, jnp.asarray(phases[chunk]))
+            if chunk.start >= warmup_steps:
+                records.append(jax.device_get(record))
+                _check_finite(records[-1])
+            bar.update(chunk.stop - chunk.start)
+            bar.set_postfix_str(_summary(record), refresh=False)
+    z, stats = jax.tree.map(lambda *parts: np.concatenate(parts).swapaxes(0, 1), *records)
+    attrs = {
+        "inference_library": "ebm_ppl",
+        "sampler": sampler.name,
+        "sampler_settings": repr(sampler),
+        "adjusted": int(not _is_unadjusted(sampler)),
+        "num_warmup": num_warmup,
+        "thin": thin,
+        "num_divergent": int(stats["diverging"].sum()),
+        "num_nan_energy": int(stats["nan_energy"].sum()),
+    }
+    _warn(attrs, z.shape[0] * z.shape[1])
+    return Draws(z[:, thin - 1 :: thin], jax.tree.map(lambda x: x[:, thin - 1 :: thin], stats), attrs), state
+
+
+def _is_unadjusted(sampler: Sampler) -> bool:
+    return isinstance(sampler, MCLMC) and not sampler.adjusted
+
+
+def _kernel(sampler: Sampler) -> Kernel:
+    return kernels.unadjusted_mclmc() if _is_unadjusted(sampler) else sampler.kernel()
+
+
+def _warmup(sampler: Sampler, dim: int, num_warmup: int) -> Warmup:
+    return window_warmup(sampler.target_accept, sampler.metric, dim, num_warmup)
+
+
+def _start(
+    key: PRNGKey,
+    target: Target,
+    sampler: Sampler,
+    warmup: Warmup,
+    num_chains: int,
+    num_warmup: int,
+    init: str | dict[str, Any],
+) -> ChainState:
+    key_start, key_tune, key_chains = jax.random.split(key, 3)
+    keys = jax.random.split(key_chains, num_chains)
+    positions = starting_points(key_start, target, num_chains, init)
+    if _is_unadjusted(sampler):
+        states, learned = _tune_unadjusted(target, jax.random.split(key_tune, num_chains), positions, num_warmup)
+    else:
+        states = _init_states(target, sampler, positions)
+        learned = warmup.init(target.dim)
+    return ChainState(states, learned, keys, jnp.zeros((), int))
+
+
+@eqx.filter_jit
+def _tune_unadjusted(target: Target, keys: Array, positions: Array, num_warmup: int) -> tuple[Any, Any]:
+    tune = functools.partial(kernels.tune_unadjusted_mclmc, num_steps=max(num_warmup, 60))
+    return jax.vmap(lambda key, z: tune(key, z, target.log_density))(keys, positions)
+
+
+@eqx.filter_jit
+def _init_states(target: Target, sampler: Sampler, positions: Array) -> Any:
+    return jax.vmap(lambda z: sampler.kernel().init(z, target.log_density))(positions)
+
+
+def starting_points(key: PRNGKey, target: Target, num_chains: int, init: str | dict[str, Any]) -> Array:
+    """One point for each chain where log density and gradient are finite, shape (num_chains, dim).
+
+    Args:
+        init: `"uniform"` draws each unconstrained coordinate from U(-2, 2), `"reference"` draws from the reference;
+            a dictionary of constrained values starts all chains there.
+
+    Raises:
+        NonFiniteEnergyError: after a bounded number of tries, naming the sites that are not finite, with a point.
+    """
+    if isinstance(init, dict):
+        raise NotImplementedError
+    for round_ in range(START_ROUNDS):
+        candidates, finite = _candidates(jax.random.fold_in(key, round_), target, num_chains, init)
+        if bool(jnp.all(jnp.any(finite, axis=1))):
+            first = jnp.argmax(finite, axis=1)
+            return candidates[jnp.arange(num_chains), first]
+    raise NonFiniteEnergyError(_explain(target, candidates[0, 0]))
+
+
+@eqx.filter_jit
+def _candidates(key: PRNGKey, target: Target, num_chains: int, init: str) -> tuple[Array, Array]:
+    def one(key: PRNGKey) -> tuple[Array, Array]:
+        if init == "reference":
+            z = target.sample_reference(key)
+        else:
+            z = jax.random.uniform(key, (target.dim,), minval=-START_RADIUS, maxval=START_RADIUS)
+        value, gradient = jax.value_and_grad(target.log_density)(z)
+        return z, jnp.isfinite(value) & jnp.all(jnp.isfinite(gradient))
+
+    return jax.vmap(jax.vmap(one))(jax.random.split(key, (num_chains, CANDIDATES)))
+
+
+def _explain(target: Target, z: Array) -> str:
+    """Which site is not finite at a point, as a sentence."""
+    constrained = {name: np.asarray(value).tolist() for name, value in target.constrain(z).items()}
+    if target.spec.discrete:
+        log_reference, energies = target.terms(z)
+        references = {"the reference": log_reference}
+    else:
+        references, energies = target.site_terms(z)
+    bad = [f"'{name}' (log density {value})" for name, value in references.items() if not jnp.isfinite(value)]
+    bad += [f"'{name}' (energy {value})" for name, value in energies.items() if not jnp.isfinite(value)]
+    what = ", ".join(bad) if bad else "the gradient of the log density (all values are finite)"
+    return (
+        f"No starting point with finite density and gradient in {START_ROUNDS * CANDIDATES} tries for each chain. "
+        f"Not finite: {what}. Example point: {constrained}. "
+        "Check these sites there, or pass init= with values at which they are finite."
+    )
+
+
+@eqx.filter_jit
+def _advance(
+    target: Target, sampler: Sampler, num_warmup: int, state: ChainState, phases: Array
+) -> tuple[ChainState, tuple[Array, dict[str, Array]]]:
+    """All chains through one chunk of steps; the record has a leading step axis."""
+    kernel = _kernel(sampler)
+    warmup = _warmup(sampler, target.dim, num_warmup)
+    per_chain = _is_unadjusted(sampler)
+
+    def step(state: ChainState, phase: Array) -> tuple[ChainState, tuple[Array, dict[str, Array]]]:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+        tuning = state.warmup if per_chain else warmup.tuning(state.warmup, phase)
+        num_steps = kernel.length(jax.random.fold_in(keys[0], 1), tuning, target.dim)
+
+        def move(key: PRNGKey, chain: Any, tuning: Tuning) -> tuple[Any, dict[str, Array]]:
+            chain, stats = kernel.step(key, chain, target.log_density, tuning, num_steps)
+            return chain, stats | {"lp": chain.logdensity, "step_size": tuning.step_size}
+
+        chains, stats = jax.vmap(move, (0, 0, 0 if per_chain else None))(keys, state.kernel, tuning)
+        learned = state.warmup
+        if not per_chain:
+            learned = warmup.update(learned, phase, chains.position, chains.logdensity_grad, stats["acceptance_rate"])
+        return ChainState(chains, learned, state.keys, state.step + 1), (chains.position, stats)
+
+    return jax.lax.scan(step, state, phases)
+
+
+def _chunks(num_warmup: int, num_samples: int) -> Iterator[slice]:
+    """Slices of equal length where possible, so that one compilation serves all; never across the end of warm-up."""
+    length = _chunk_length(num_warmup, num_samples)
+    for start, stop in ((0, num_warmup), (num_warmup, num_warmup + num_samples)):
+        for begin in range(start, stop, length):
+            yield slice(begin, min(begin + length, stop))
+
+
+def _chunk_length(num_warmup: int, num_samples: int) -> int:
+    divisor = int(np.gcd(num_warmup, num_samples))
+    fitting = [length for length in range(50, 501) if divisor % length == 0]
+    return fitting[0] if fitting else max(min(num_samples, 500), 1)
+
+
+def _check_finite(record: tuple[np.ndarray, dict[str, np.ndarray]]) -> None:
+    z, stats = record
+    infinite = np.argwhere(stats["lp"] == np.inf)
+    if infinite.size:
+        step, chain = infinite[0]
+        raise NonFiniteEnergyError(
+            f"The log density is +inf (an energy of -inf, infinite density) at the unconstrained point "
+            f"{z[step, chain].tolist()}: a chain never leaves such a point. Bound the energy from below."
+        )
+
+
+def _warn(attrs: dict[str, Any], num_draws: int) -> None:
+    if attrs["num_nan_energy"]:
+        warnings.warn(
+            f"The energy was NaN in {attrs['num_nan_energy']} of {num_draws} trajectories; such points were rejected, "
+            "as if they had zero density. sample_stats['nan_energy'] marks them.",
+            EnergyWarning,
+            stacklevel=4,
+        )
+    if not attrs["adjusted"]:
+        warnings.warn(
+            "Unadjusted MCLMC is biased by its step size: use these draws for exploration, or adjusted=True.",
+            EnergyWarning,
+            stacklevel=4,
+        )
+
+
+def _summary(record: tuple[Array, dict[str, Array]]) -> str:
+    stats = record[1]
+    step_size = float(np.mean(stats["step_size"][-1]))
+    return f"step size {step_size:.2e}, {float(np.mean(stats['n_steps'])):.1f} leapfrogs a draw"
+
+
+def _progress(name: str, total: int, enabled: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=name, disable=not enabled, unit="step", mininterval=0.2)

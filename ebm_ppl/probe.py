@@ -1,0 +1,93 @@
+"""A look at the tails before a run: does each energy rise outwards, and does the density fall?
+
+Along random rays `z = r d` in unconstrained space, at growing radii r:
+
+    log p(z) rises to the last radius        Z is infinite: log Z is refused
+    U falls ever faster                      the sign is probably flipped
+    U flat, non-negative, below its centre   a density was probably passed instead of an energy
+
+This is a heuristic on a few rays. It misses what happens off those rays or beyond the last radius: an energy that
+falls in a narrow cone or only logarithmically, one that oscillates, and a flipped sign that the base outweighs.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ebm_ppl.target import Target
+from ebm_ppl.typing import Array, EnergyWarning, NoReferenceError
+
+NUM_RAYS = 24
+RADII = (0.0, 3.0, 10.0, 30.0, 90.0)
+MOST = 0.75
+
+
+def check_tails(target: Target, *, needs_normalisation: bool) -> None:
+    """Warns of energies that look wrong in the tails; for log Z refuses a density that grows there.
+
+    Raises:
+        NoReferenceError: where the log density rises along a ray to the last radius and log Z is wanted.
+    """
+    suspects = [name for name, role in target.spec.roles if role != "data"]
+    if not suspects or target.spec.discrete:
+        return
+    log_density, energies = jax.device_get(_along_rays(target))
+    for name in suspects:
+        _check_energy(name, energies[name])
+    rising = np.all(np.diff(log_density[:, 2:], axis=1) > 0, axis=1) & np.all(np.isfinite(log_density[:, 2:]), axis=1)
+    if np.any(rising):
+        message = (
+            f"The log density still rises at distance {RADII[-1]:g} along {rising.sum()} of {NUM_RAYS} random rays in "
+            f"unconstrained space, so it cannot be normalised. Energies in the model: {', '.join(map(repr, suspects))}."
+            " Is the sign of one flipped (an energy is low where probability is high)? Otherwise bound it from below, "
+            "or give the latent sites a base that falls faster."
+        )
+        if needs_normalisation:
+            raise NoReferenceError(message + " log Z is refused.")
+        warnings.warn(message, EnergyWarning, stacklevel=4)
+
+
+@eqx.filter_jit
+def _along_rays(target: Target) -> tuple[Array, dict[str, Array]]:
+    directions = jax.random.normal(jax.random.key(0), (NUM_RAYS, target.dim))
+    directions = directions / jnp.linalg.norm(directions, axis=1, keepdims=True)
+    points = directions[:, None, :] * jnp.asarray(RADII)[:, None]
+
+    def at(z: Array) -> tuple[Array, dict[str, Array]]:
+        log_reference, energies = target.terms(z)
+        return log_reference - sum(energies.values(), jnp.zeros(())), energies
+
+    return jax.vmap(jax.vmap(at))(points)
+
+
+def _check_energy(name: str, energy: np.ndarray) -> None:
+    """Warnings about one energy along rays, shape (ray, radius)."""
+    outer = energy[:, 1:]
+    ok = np.all(np.isfinite(outer), axis=1)
+    if not np.any(ok):
+        return
+    steps = np.diff(outer[ok], axis=1)
+    falling = np.all(steps < 0, axis=1) & (steps[:, -1] < 1.5 * steps[:, -2]) & (steps[:, -1] < -1.0)
+    if np.mean(falling) >= MOST:
+        warnings.warn(
+            f"Energy '{name}' falls without bound along most rays from the origin: an energy is low where probability "
+            "is high, so this density grows in its tails. Is its sign flipped (a log density passed as an energy)?",
+            EnergyWarning,
+            stacklevel=5,
+        )
+        return
+    scale = np.abs(energy).max(initial=1e-12)
+    flat = np.all(np.abs(steps[:, 1:]) < 1e-3 * scale, axis=1)
+    below = energy[ok, 0] - outer[ok, -1] > 1e-3 * scale
+    if np.mean(flat & below) >= MOST and np.all(energy[ok] >= 0):
+        warnings.warn(
+            f"Energy '{name}' is non-negative, highest in the middle and flat in its tails, as a density is. An energy "
+            "is minus a log density, in nats: was a density passed instead?",
+            EnergyWarning,
+            stacklevel=5,
+        )

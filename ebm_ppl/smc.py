@@ -1,0 +1,391 @@
+"""Tempered sequential Monte Carlo: from the reference through the prior energies to the data.
+
+    stage t            pi_t(z)  proportional to  pi_0(z) exp(-U_prior(z) [phase 1 done] - beta_t U(z))
+    weights            w_t^i = exp( -(beta_t - beta_{t-1}) U(z^i) )
+    log Z increment    log (1/N) sum_i w_t^i
+    log Z              sum of the increments, kept apart by phase: "prior", then "data"
+    evidence           the "data" part: log Z(prior and data) - log Z(prior)
+
+Each stage weighs, resamples, and moves the particles by a kernel of `kernels.py` that leaves pi_t invariant, with a
+metric and step size learned from the cloud. Everything is written for one run and vectorised over independent runs.
+
+The standard error comes from the genealogy (Lee and Whiteley 2018): with S_k the final weight that descends from the
+k-th initial particle, the relative variance of Z is estimated by sum_k (S_k - 1/N)^2 less what resampling alone adds.
+For systematic resampling that is sum_i f_i (1 - f_i) / N^2 a stage, where f_i is the fractional part of N W_i.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from blackjax.smc.ess import log_ess
+from blackjax.smc.resampling import systematic
+from blackjax.smc.solver import dichotomy
+from jax.scipy.special import logsumexp
+
+from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, Tuning
+from ebm_ppl.scale import DenseScale, Scale
+from ebm_ppl.target import Target
+from ebm_ppl.typing import (
+    Array,
+    DegenerateParticlesError,
+    Draws,
+    EnergyError,
+    NonFiniteEnergyError,
+    PRNGKey,
+    TemperingStalledError,
+)
+
+FAIR_ACCEPTANCE = 0.3
+MAX_MOVES_FACTOR = 5
+SMALLEST_STEP = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class SMC:
+    """Adaptive tempered sequential Monte Carlo with gradient moves tuned from the particles.
+
+    Args:
+        num_particles: particles in each independent run.
+        target_ess: each stage takes the largest temperature step that keeps this share of effective particles.
+        kernel: what moves the particles; only kernels that leave their target invariant.
+        num_moves: moves of each particle in a stage; more are made while fewer than 30 % are accepted.
+        max_stages: bound on the number of stages of a phase.
+
+    References:
+        Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers; Buchholz, Chopin and Jacob (2021),
+        Adaptive tuning of Hamiltonian Monte Carlo within sequential Monte Carlo; Lee and Whiteley (2018), Variance
+        estimation in the particle filter.
+    """
+
+    num_particles: int = 1000
+    target_ess: float = 0.6
+    kernel: HMC | MALA | MCLMC = HMC()
+    num_moves: int = 3
+    max_stages: int = 500
+    name = "SMC"
+
+    def __post_init__(self):
+        if not 0 < self.target_ess < 1:
+            raise EnergyError(f"target_ess is a share between 0 and 1, exclusive; got {self.target_ess}.")
+        if isinstance(self.kernel, MCLMC) and not self.kernel.adjusted:
+            raise EnergyError(
+                "Unadjusted MCLMC does not leave its target invariant, so it may not sit inside SMC: use adjusted=True."
+            )
+
+
+class Cloud(NamedTuple):
+    """The particles of one run, equally weighted, and what has been learned so far."""
+
+    z: Array
+    """(N, dim)"""
+    base: Array
+    """Log density that is not tempered in this phase, (N,)."""
+    energy: Array
+    """Energy that is tempered in this phase, (N,)."""
+    eve: Array
+    """Index of the initial particle from which each descends, (N,)."""
+    beta: Array
+    step_size: Array
+    log_z: Array
+    resampling_noise: Array
+    """What resampling alone has added to sum_k S_k^2, for the phases so far."""
+    share: Array
+    """Weight that descends from each initial particle at the end of the last phase, (N,)."""
+    weighted: Array
+    """Particles of the last stage before resampling, (N, dim), and their normalised log weights, (N,)."""
+    log_weight: Array
+    variance: Array
+    """Relative variance of this phase's part of Z, once it is done."""
+
+
+class StageInfo(NamedTuple):
+    """Diagnostics of one stage of one run."""
+
+    beta: Array
+    ess: Array
+    accept_rate: Array
+    log_z_increment: Array
+    step_size: Array
+    temperature_step: Array
+    num_evaluations: Array
+    num_nan: Array
+    num_zero: Array
+    num_infinite: Array
+
+
+def run(
+    key: PRNGKey, target: Target, sampler: SMC, *, num_runs: int = 1, progress_bar: bool = True
+) -> tuple[Draws, dict[str, Any]]:
+    """Independent runs of SMC; the second result holds `value`s and `std_error`s for each phase and run.
+
+    Raises:
+        NoReferenceError, IntractablePartitionError: where log Z has no meaning for the model.
+        DegenerateParticlesError, NonFiniteEnergyError, TemperingStalledError: naming the stage.
+    """
+    target.require_tractable()
+    target.require_reference()
+    roles = set(target.roles().values())
+    phases = [phase for phase, wanted in (("prior", {"prior"}), ("data", {"loss", "data"})) if roles & wanted]
+    keys = jax.random.split(key, num_runs)
+    clouds = _initial(keys, target, sampler)
+    parts, stages, total = {}, [], 0
+    for phase in phases:
+        tempered = target.prior() if phase == "prior" else target
+        clouds = _enter(tempered, phase, clouds)
+        clouds, infos = _run_phase(keys, tempered, sampler, phase, clouds, total, progress_bar)
+        parts[phase] = (np.asarray(clouds.log_z), np.sqrt(np.asarray(clouds.variance)))
+        stages += infos
+        total += len(infos)
+    path = _as_path(stages, num_runs)
+    path["role"] = np.array([_ROLE_CODE[phase] for phase, _ in stages], dtype=np.int8)
+    draws = Draws(
+        z=clouds.z,
+        stats={},
+        attrs={
+            "inference_library": "ebm_ppl",
+            "sampler": sampler.name,
+            "sampler_settings": repr(sampler),
+            "adjusted": 1,
+            "num_nan_energy": int(np.nansum(path["num_nan"])),
+            "num_evaluations": float(np.nansum(path["num_evaluations"])),
+        },
+        particles={"z": clouds.weighted, "log_weight": clouds.log_weight},
+        stages=path,
+        log_z={f"{phase}_{what}": values for phase, pair in parts.items() for what, values in zip(_PAIR, pair)},
+    )
+    return draws, parts
+
+
+_ROLE_CODE = {"prior": 0, "data": 1}
+_PAIR = ("value", "std_error")
+
+
+@eqx.filter_jit
+def _initial(keys: Array, target: Target, sampler: SMC) -> Cloud:
+    def one(key: PRNGKey) -> Cloud:
+        num = sampler.num_particles
+        z = jax.vmap(target.sample_reference)(jax.random.split(jax.random.fold_in(key, 0), num))
+        zero, zeros = jnp.zeros((), z.dtype), jnp.zeros(num, z.dtype)
+        share = jnp.full(num, 1.0 / num, z.dtype)
+        step_size = zero + target.dim**-0.25
+        return Cloud(z, zeros, zeros, jnp.arange(num), zero, step_size, zero, zero, share, z, jnp.log(share), zero)
+
+    return jax.vmap(one)(keys)
+
+
+@eqx.filter_jit
+def _enter(target: Target, phase: str, clouds: Cloud) -> Cloud:
+    """The same particles at the start of another phase."""
+
+    def one(cloud: Cloud) -> Cloud:
+        base, energy = jax.vmap(lambda z: _split(target, phase, z))(cloud.z)
+        zero = jnp.zeros_like(cloud.log_z)
+        return cloud._replace(base=base, energy=energy, beta=zero, log_z=zero, resampling_noise=zero, variance=zero)
+
+    return jax.vmap(one)(clouds)
+
+
+def _split(target: Target, phase: str, z: Array) -> tuple[Array, Array]:
+    """Log density that stays, and energy that is tempered."""
+    log_reference, (prior, data) = target.staged_terms(z)
+    return (log_reference, prior) if phase == "prior" else (log_reference - prior, data)
+
+
+def _run_phase(
+    keys: Array, target: Target, sampler: SMC, phase: str, clouds: Cloud, first: int, progress_bar: bool
+) -> tuple[Cloud, list[tuple[str, StageInfo]]]:
+    from tqdm.auto import tqdm
+
+    infos: list[tuple[str, StageInfo]] = []
+    with tqdm(total=1.0, desc=f"SMC {phase}", disable=not progress_bar, bar_format=_BAR) as bar:
+        while True:
+            stage = first + len(infos) + 1
+            clouds, info = _stage(keys, target, sampler, phase, clouds, jnp.asarray(stage))
+            info = jax.device_get(info)
+            _check(info, phase, len(infos) + 1, sampler)
+            infos.append((phase, info))
+            beta = np.asarray(clouds.beta)
+            bar.n = round(float(beta.min()), 4)
+            bar.set_postfix_str(f"stage {len(infos)}, accepted {np.nanmean(info.accept_rate):.2f}")
+            if np.all(beta >= 1.0):
+                return clouds, infos
+
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+
+
+@eqx.filter_jit
+def _stage(
+    keys: Array, target: Target, sampler: SMC, phase: str, clouds: Cloud, stage: Array
+) -> tuple[Cloud, StageInfo]:
+    def one(key: PRNGKey, cloud: Cloud) -> tuple[Cloud, StageInfo]:
+        moved, info = _one_stage(jax.random.fold_in(key, stage), target, sampler, phase, cloud)
+        done = cloud.beta >= 1.0
+        kept = jax.tree.map(lambda new, old: jnp.where(done, old, new), moved, cloud)
+        return kept, jax.tree.map(lambda x: jnp.where(done, jnp.nan, x), info)
+
+    return jax.vmap(one)(keys, clouds)
+
+
+def _one_stage(key: PRNGKey, target: Target, sampler: SMC, phase: str, cloud: Cloud) -> tuple[Cloud, StageInfo]:
+    """Weigh, resample, move: from the temperature of the cloud to the next one."""
+    num = sampler.num_particles
+    key_resample, key_move = jax.random.split(key)
+    nan = jnp.isnan(cloud.energy) | ~jnp.isfinite(cloud.base)
+    energy = jnp.where(nan, jnp.inf, cloud.energy)
+
+    step = _temperature_step(energy, cloud.beta, sampler.target_ess)
+    beta = jnp.where(cloud.beta + step >= 1.0 - SMALLEST_STEP, 1.0, cloud.beta + step)
+    step = beta - cloud.beta
+    log_w = -step * energy
+    increment = logsumexp(log_w) - jnp.log(num)
+    log_w = log_w - logsumexp(log_w)
+    weights = jnp.exp(log_w)
+
+    share = jnp.zeros(num, weights.dtype).at[cloud.eve].add(weights)
+    variance = jnp.sum((share - cloud.share) ** 2) - cloud.resampling_noise
+    ancestors = systematic(key_resample, weights, num)
+    fraction = num * weights - jnp.floor(num * weights)
+    noise = cloud.resampling_noise + jnp.sum(fraction * (1 - fraction)) / num**2
+
+    def log_density(z: Array) -> Array:
+        base, energy = _split(target, phase, z)
+        return base - beta * energy
+
+    scale = DenseScale.of_covariance(_covariance(cloud.z, weights))
+    start = cloud.z[ancestors]
+    z, step_size, accept_rate, leapfrogs, num_nan = _move(key_move, start, log_density, sampler, cloud.step_size, scale)
+    base, new_energy = jax.vmap(lambda z: _split(target, phase, z))(z)
+    last = beta >= 1.0
+    moved = Cloud(
+        z=z,
+        base=base,
+        energy=new_energy,
+        eve=cloud.eve[ancestors],
+        beta=beta,
+        step_size=step_size,
+        log_z=cloud.log_z + increment,
+        resampling_noise=noise,
+        share=jnp.where(last, share, cloud.share),
+        weighted=cloud.z,
+        log_weight=log_w,
+        # Never below what one stage of independent particles has, were the correction to overshoot.
+        variance=jnp.maximum(variance, jnp.sum(weights**2) - 1 / num),
+    )
+    info = StageInfo(
+        beta=beta,
+        ess=jnp.exp(log_ess(log_w)),
+        accept_rate=accept_rate,
+        log_z_increment=increment,
+        step_size=step_size,
+        temperature_step=step,
+        num_evaluations=num * (leapfrogs + 2.0),
+        num_nan=num_nan + jnp.sum(nan),
+        num_zero=jnp.sum(energy == jnp.inf),
+        num_infinite=jnp.sum(cloud.energy == -jnp.inf),
+    )
+    return moved, jax.tree.map(lambda x: jnp.asarray(x, z.dtype), info)
+
+
+def _temperature_step(energy: Array, beta: Array, target_ess: float) -> Array:
+    """The largest step that keeps the wanted share of effective particles among those with non-zero mass."""
+    alive = jnp.isfinite(energy)
+    wanted = jnp.log(target_ess * jnp.sum(alive))
+    safe = jnp.where(alive, energy, 0.0)
+
+    def surplus(step: Array) -> Array:
+        return log_ess(jnp.where(alive, -step * safe, -jnp.inf)) - wanted
+
+    return dichotomy(surplus, jnp.zeros_like(beta), 1.0 - beta, eps=1e-6)
+
+
+def _covariance(z: Array, weights: Array) -> Array:
+    """Weighted covariance of the cloud, shrunk towards its diagonal by the noise of the estimate, (dim, dim)."""
+    dim = z.shape[1]
+    centred = jnp.where(weights[:, None] > 0, z - weights @ jnp.where(weights[:, None] > 0, z, 0.0), 0.0)
+    covariance = (centred * weights[:, None]).T @ centred
+    shrinkage = dim / (dim + 1.0 / jnp.sum(weights**2))
+    variances = jnp.maximum(jnp.diag(covariance), jnp.finfo(z.dtype).tiny * 1e3)
+    return (1 - shrinkage) * covariance + shrinkage * jnp.diag(variances)
+
+
+def _move(
+    key: PRNGKey, z: Array, log_density: Any, sampler: SMC, step_size: Array, scale: Scale
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Moves all particles, adapting the step size to the acceptance of the cloud between moves."""
+    kernel: Kernel = sampler.kernel.kernel()
+    num, dim = z.shape
+    states = jax.vmap(lambda z: kernel.init(z, log_density))(z)
+
+    def again(carry: tuple) -> Array:
+        _, _, moves, accepted, _, _ = carry
+        wanted = moves < sampler.num_moves
+        unfair = (accepted < FAIR_ACCEPTANCE) & (moves < MAX_MOVES_FACTOR * sampler.num_moves)
+        return wanted | unfair
+
+    def once(carry: tuple) -> tuple:
+        states, step_size, moves, _, leapfrogs, num_nan = carry
+        key_length, key_step = jax.random.split(jax.random.fold_in(key, moves))
+        tuning = Tuning(step_size, scale)
+        num_steps = kernel.length(key_length, tuning, dim)
+        keys = jax.random.split(key_step, num)
+        states, stats = jax.vmap(lambda k, s: kernel.step(k, s, log_density, tuning, num_steps))(keys, states)
+        accepted = jnp.mean(stats["acceptance_rate"])
+        step_size = step_size * jnp.exp(accepted - sampler.kernel.target_accept)
+        return (
+            states,
+            step_size,
+            moves + 1,
+            accepted,
+            leapfrogs + num_steps,
+            num_nan + jnp.sum(stats["nan_energy"]),
+        )
+
+    start = (
+        states,
+        step_size,
+        jnp.zeros((), int),
+        jnp.zeros((), z.dtype),
+        jnp.zeros((), int),
+        jnp.zeros((), int),
+    )
+    states, step_size, _, accepted, leapfrogs, num_nan = jax.lax.while_loop(again, once, start)
+    return states.position, step_size, accepted, leapfrogs, num_nan
+
+
+def _check(info: StageInfo, phase: str, stage: int, sampler: SMC) -> None:
+    """Errors about the numbers of a stage, on the host."""
+    where = f"stage {stage} of the {phase} phase"
+    if np.nansum(info.num_infinite) > 0:
+        raise NonFiniteEnergyError(
+            f"An energy is -inf (infinite density) for {int(np.nansum(info.num_infinite))} particles at {where}: "
+            "bound the energy from below."
+        )
+    if np.any(info.num_zero >= sampler.num_particles):
+        raise DegenerateParticlesError(
+            f"All {sampler.num_particles} particles have zero mass (an energy of +inf or NaN) at {where}: no draw of "
+            "the reference satisfies the model. Check the observed values against their supports, soften a hard "
+            "constraint, or use more particles."
+        )
+    stalled = info.temperature_step < SMALLEST_STEP
+    if np.any(stalled) or stage >= sampler.max_stages:
+        raise TemperingStalledError(
+            f"Tempering stalled at {where}: inverse temperature {np.nanmin(info.beta):.3e}, step "
+            f"{np.nanmin(info.temperature_step):.1e}, effective particles {np.nanmin(info.ess):.1f} of "
+            f"{sampler.num_particles}, acceptance {np.nanmin(info.accept_rate):.2f}. The energies of the particles "
+            "spread too far for this reference: use a reference nearer to the posterior, or more particles."
+        )
+
+
+def _as_path(stages: list[tuple[str, StageInfo]], num_runs: int) -> dict[str, np.ndarray]:
+    """Diagnostics as (chain, stage) arrays."""
+    fields = StageInfo._fields
+    if not stages:
+        return {field: np.empty((num_runs, 0)) for field in fields}
+    return {field: np.stack([getattr(info, field) for _, info in stages], axis=1) for field in fields}

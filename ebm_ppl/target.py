@@ -1,0 +1,548 @@
+"""A NumPyro model as a normalised reference measure tilted by energies, in unconstrained space.
+
+    p(z) = pi_0(z) exp( -sum_k U_k(z) ) / Z
+
+    log pi_0(z)              `Target.log_reference`    latent sites (the base of an `EnergyDistribution`) and Jacobians
+    {k: U_k(z)}              `Target.energies`         observed sites, energy factors, tilts of `EnergyDistribution`s
+    z ~ pi_0                 `Target.sample_reference`
+    z -> sites               `Target.constrain`
+
+`z` is one flat vector; every method is written for one point and batched by its caller. This is the only file that
+touches NumPyro's internals: its unconstraining handler emits the Jacobians as hidden factor sites, which are found as
+the sites that exist only while unconstraining.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.distributions.transforms import biject_to
+from numpyro.distributions.util import is_identically_one
+from numpyro.handlers import seed, substitute, trace, uncondition
+from numpyro.infer.initialization import init_to_uniform
+from numpyro.infer.util import (
+    _guess_max_plate_nesting,
+    _substitute_default_key,
+    _unconstrain_params,
+    constrain_fn,
+    helpful_support_errors,
+)
+from numpyro.primitives import Messenger
+
+from ebm_ppl.dependence import dependencies
+from ebm_ppl.distribution import ROLE_KEY, reference_of, tilt_of, tilted_parts
+from ebm_ppl.typing import (
+    Array,
+    EnergyError,
+    EnergyWarning,
+    IntractablePartitionError,
+    NoReferenceError,
+    PRNGKey,
+    Role,
+)
+
+Trace = dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is static about a target: names, shapes, roles, and why some questions have no answer."""
+
+    latents: tuple[tuple[str, tuple[int, ...]], ...]
+    """Name and unconstrained shape of each continuous latent site, in the order in which they fill `z`."""
+    roles: tuple[tuple[str, Role], ...]
+    """Name and role of each energy, prior energies first."""
+    observed: tuple[str, ...]
+    discrete: tuple[str, ...]
+    """Discrete latent sites, summed out by enumeration."""
+    jacobians: frozenset[str]
+    dims: tuple[tuple[str, tuple[str | None, ...]], ...]
+    """Names of the plates along the dimensions of each site's value."""
+    plate_depth: int
+    normalized: frozenset[str]
+    """Latent `EnergyDistribution` sites whose log partition function was given."""
+    intractable: tuple[tuple[str, tuple[str, ...]], ...]
+    """Sites with an unknown Z(theta), each with the latent sites that it depends on."""
+    ignored: tuple[str, ...]
+    no_reference: tuple[str, ...]
+    """Sentences: why the latent sites are no normalised measure."""
+    unknown_constant: tuple[str, ...]
+    """Observed `EnergyDistribution` sites with no log partition: the evidence lacks a constant."""
+
+    @property
+    def dim(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.latents)
+
+
+class Target(eqx.Module):
+    """A NumPyro model split into a normalised reference and energies; made by `target`.
+
+    A pytree: the model's array arguments and parameters are leaves, so that new data of the same shape does not
+    retrace. All methods take one point `z` of shape (dim,), in unconstrained space.
+    """
+
+    model: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+    constants: dict[str, Any]
+    """`numpyro.param`s, mutable state and subsample indices, held at their values."""
+    spec: Spec = eqx.field(static=True)
+
+    @property
+    def dim(self) -> int:
+        return self.spec.dim
+
+    @property
+    def latent_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.spec.latents)
+
+    @property
+    def energy_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.spec.roles)
+
+    def roles(self) -> dict[str, Role]:
+        """The role of each energy by its name."""
+        return dict(self.spec.roles)
+
+    def terms(self, z: Array) -> tuple[Array, dict[str, Array]]:
+        """`(log pi_0(z), {name: U(z)})` from one trace of the model, in nats."""
+        if self.spec.discrete:
+            return self._enumerated_terms(z)
+        references, energies = self.site_terms(z)
+        return sum(references.values(), jnp.zeros((), z.dtype)), {name: energies[name] for name in self.energy_names}
+
+    def log_reference(self, z: Array) -> Array:
+        """Log density of the reference at `z`, Jacobians included."""
+        return self.terms(z)[0]
+
+    def energies(self, z: Array) -> dict[str, Array]:
+        """The energies at `z` by name, prior energies first, in nats."""
+        return self.terms(z)[1]
+
+    def log_density(self, z: Array) -> Array:
+        """`log pi_0(z) - sum_k U_k(z)`: the unnormalised log density that MCMC needs."""
+        log_reference, energies = self.terms(z)
+        return log_reference - sum(energies.values(), jnp.zeros((), z.dtype))
+
+    def staged_terms(self, z: Array) -> tuple[Array, Array]:
+        """`(log pi_0(z), (U_prior, U_data))`: the energies added up by stage of the path, shape (2,)."""
+        log_reference, energies = self.terms(z)
+        stages = [jnp.zeros((), z.dtype), jnp.zeros((), z.dtype)]
+        for name, role in self.spec.roles:
+            stages[role != "prior"] += energies[name]
+        return log_reference, jnp.stack(stages)
+
+    def site_terms(self, z: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Log reference density and energy of each site: what `terms` adds up."""
+        recorded = trace(_unconstrain_params(self._prepared(), self.unravel(z))).get_trace(*self.args, **self.kwargs)
+        latents, roles = dict(self.spec.latents), self.roles()
+        references, energies = {}, {}
+        for name, site in recorded.items():
+            if site["type"] != "sample":
+                continue
+            if name in latents:
+                references[name] = _scaled_sum(site, reference_of(site["fn"]).log_prob(site["value"]))
+                if name in roles:
+                    energies[name] = _scaled_sum(site, tilt_of(site["fn"], site["value"]))
+            elif name in self.spec.jacobians:
+                references[name] = _scaled_sum(site, site["fn"].log_prob(site["value"]))
+            elif name in roles:
+                energies[name] = -_scaled_sum(site, site["fn"].log_prob(site["value"]))
+        return references, energies
+
+    def _enumerated_terms(self, z: Array) -> tuple[Array, dict[str, Array]]:
+        """With discrete sites summed out only whole stages have an energy: differences of marginal log densities."""
+        roles = self.roles()
+        prior = frozenset(name for name, role in roles.items() if role == "prior")
+        reference = self._marginal(z, frozenset())
+        tilted = self._marginal(z, prior) if prior else reference
+        energies = {"prior": reference - tilted} if prior else {}
+        if prior != frozenset(roles):
+            energies["data"] = tilted - self._marginal(z, frozenset(roles))
+        return reference, energies
+
+    def _marginal(self, z: Array, active: frozenset[str]) -> Array:
+        from numpyro.contrib.funsor import config_enumerate, enum, log_density
+
+        model = _Tempered(self._prepared(), active, self.spec.jacobians)
+        model = enum(config_enumerate(model), -self.spec.plate_depth - 1)
+        model = _unconstrain_params(model, self.unravel(z))
+        return log_density(model, self.args, self.kwargs, {})[0]
+
+    def sample_reference(self, key: PRNGKey) -> Array:
+        """One draw `z ~ pi_0`, shape (dim,).
+
+        Raises:
+            NoReferenceError: where the latent sites are no normalised measure.
+        """
+        self.require_reference()
+        model = seed(_UseReference(self._prepared()), key)
+        recorded = trace(model).get_trace(*self.args, **self.kwargs)
+        return self.ravel(_unconstrained(recorded, self.latent_names))
+
+    def constrain(self, z: Array) -> dict[str, Array]:
+        """Values of the latent and deterministic sites at `z`, in the model's own space."""
+        model = self._prepared()
+        if self.spec.discrete:
+            model = seed(model, jax.random.key(0))
+        values = constrain_fn(model, self.args, self.kwargs, self.unravel(z), return_deterministic=True)
+        return {name: value for name, value in values.items() if name in dict(self.spec.dims)}
+
+    def log_likelihood(self, z: Array) -> dict[str, Array]:
+        """Pointwise log density of each observed site (never of a factor), unscaled."""
+        recorded = trace(_unconstrain_params(self._prepared(), self.unravel(z))).get_trace(*self.args, **self.kwargs)
+        return {name: recorded[name]["fn"].log_prob(recorded[name]["value"]) for name in self.spec.observed}
+
+    def observed_data(self) -> dict[str, Array]:
+        """Values of the observed sites."""
+        recorded = trace(seed(_UseReference(self._prepared()), jax.random.key(0))).get_trace(*self.args, **self.kwargs)
+        return {name: recorded[name]["value"] for name in self.spec.observed}
+
+    def unravel(self, z: Array) -> dict[str, Array]:
+        """The flat vector as a dictionary of unconstrained sites."""
+        sites, offset = {}, 0
+        for name, shape in self.spec.latents:
+            size = math.prod(shape)
+            sites[name] = z[offset : offset + size].reshape(shape)
+            offset += size
+        return sites
+
+    def ravel(self, sites: dict[str, Any]) -> Array:
+        """Unconstrained sites as one flat vector: the inverse of `unravel`."""
+        parts = [jnp.ravel(sites[name]) for name in self.latent_names]
+        return jnp.concatenate(parts).astype(jnp.result_type(float))
+
+    def prior(self) -> Target:
+        """The same model with its data taken away: the tilted prior."""
+        kept = tuple((name, role) for name, role in self.spec.roles if role == "prior")
+        intractable = tuple(entry for entry in self.spec.intractable if entry[0] not in self.spec.observed)
+        spec = dataclasses.replace(self.spec, roles=kept, observed=(), intractable=intractable, unknown_constant=())
+        return dataclasses.replace(self, spec=spec)
+
+    def require_tractable(self) -> None:
+        """Raises `IntractablePartitionError` where an unknown Z(theta) depends on latent sites."""
+        if not self.spec.intractable:
+            return
+        sites = "; ".join(
+            f"'{site}' depends on {', '.join(repr(name) for name in names)}" for site, names in self.spec.intractable
+        )
+        raise IntractablePartitionError(
+            f"The partition function Z(theta) of an EnergyDistribution depends on latent sites, and it is missing "
+            f"from the joint density: {sites}. Sampling would give a wrong posterior without a warning. Remedies: "
+            "(1) pass log_partition=..., the log of E_base[exp(-beta * energy)] as a function of those sites, in "
+            "closed form or by quadrature; (2) fix the sites that it depends on; (3) if the energy is meant to tilt "
+            "the joint density, use energy_factor(..., role='prior'); (4) if the missing factor is really wanted, "
+            "say so with log_partition='ignore'."
+        )
+
+    def require_reference(self) -> None:
+        """Raises `NoReferenceError` where the latent sites are no normalised measure."""
+        if self.spec.no_reference:
+            raise NoReferenceError(
+                "log Z and tempering need latent sites that form a normalised reference measure. "
+                + " ".join(self.spec.no_reference)
+                + " MCMC (NUTS, HMC, MALA, MCLMC) is still possible."
+            )
+
+    def require_known_constant(self) -> None:
+        """Raises `IntractablePartitionError` where the evidence would lack a constant of an observed site."""
+        missing = [*self.spec.unknown_constant, *self.spec.ignored]
+        if missing:
+            raise IntractablePartitionError(
+                f"The evidence needs the partition function of {', '.join(map(repr, missing))}, which was not given: "
+                "pass log_partition=... to the EnergyDistribution. Its posterior can be sampled without it."
+            )
+
+    def _prepared(self) -> Callable:
+        return _substitute_default_key(substitute(self.model, data=self.constants))
+
+
+def target(model: Callable, *args: Any, **kwargs: Any) -> Target:
+    """Splits a NumPyro model into a normalised reference measure and energies.
+
+    Args:
+        model: any callable with NumPyro primitives, handlers around it included.
+        args, kwargs: the model's arguments. Arrays become leaves of the result, so that a target of new data with
+            the same shapes causes no retrace. Where the model needs concrete values (`int(x.max())`), all arguments
+            are frozen into the model instead, and new data does retrace.
+
+    Returns:
+        A `Target`.
+
+    Raises:
+        EnergyError: for a latent `Delta`, discrete latents that cannot be enumerated, and an `EnergyDistribution`
+            inside a wrapper that cannot be split.
+        EnergyShapeError: where an energy has the wrong shape.
+
+    Example:
+        >>> t = ebm_ppl.target(model, x, y=y)
+        >>> t.energies(jnp.zeros(t.dim))
+    """
+    args, kwargs = jax.tree.map(_as_array, (args, kwargs))
+    try:
+        spec, constants = _analyse(model, args, kwargs)
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+        model, args, kwargs = functools.partial(model, *args, **kwargs), (), {}
+        spec, constants = _analyse(model, args, kwargs)
+    return Target(model, args, kwargs, constants, spec)
+
+
+def predictive_model(target: Target) -> Callable:
+    """The model with its observed sites sampled instead of conditioned on."""
+    return uncondition(target._prepared())
+
+
+def _as_array(leaf: Any) -> Any:
+    """Containers of numbers from other libraries (a pandas column, say) as arrays; all else as it is."""
+    return np.asarray(leaf) if hasattr(leaf, "__array__") and not isinstance(leaf, jax.Array) else leaf
+
+
+class _UseReference(Messenger):
+    """Replaces the distribution of each latent site by its normalised reference."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            msg["fn"] = reference_of(msg["fn"])
+
+
+class _Tempered(Messenger):
+    """Keeps only the `active` energies: others are masked, and latent sites fall back to their reference."""
+
+    def __init__(self, fn: Callable, active: frozenset[str], always: frozenset[str]):
+        self.active, self.always = active, always
+        super().__init__(fn)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "sample" or msg["name"] in self.active | self.always:
+            return
+        msg["fn"] = msg["fn"].mask(False) if msg["is_observed"] else reference_of(msg["fn"])
+
+
+def _scaled_sum(site: dict[str, Any], log_prob: Any) -> Array:
+    scale = site["scale"]
+    return jnp.sum(log_prob if scale is None or is_identically_one(scale) else scale * log_prob)
+
+
+def _unconstrained(recorded: Trace, names: tuple[str, ...]) -> dict[str, Array]:
+    values = {}
+    for name in names:
+        with helpful_support_errors(recorded[name]):
+            values[name] = biject_to(recorded[name]["fn"].support).inv(recorded[name]["value"])
+    return values
+
+
+def _analyse(model: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Spec, dict[str, Any]]:
+    """Reads off a model's static description from abstract traces; only parameters are ever computed."""
+    dynamic, static = eqx.partition((args, kwargs), eqx.is_array)
+    key = jax.random.key(0)
+    found: dict[str, Any] = {}
+
+    def run(key: PRNGKey, dynamic: Any) -> tuple[dict[str, Any], dict[str, Array]]:
+        args, kwargs = eqx.combine(dynamic, static)
+        initialised = substitute(seed(model, key), substitute_fn=init_to_uniform)
+        recorded = trace(initialised).get_trace(*args, **kwargs)
+        found.update(_describe(recorded))
+        constants = {
+            name: site["value"]
+            for name, site in recorded.items()
+            if site["type"] in ("param", "mutable") or (site["type"] == "plate" and _is_subsampled(site))
+        }
+        values = {name: recorded[name]["value"] for name in (*found["latent_names"], *found["discrete"])}
+        return constants, values
+
+    constants, values = eqx.filter_eval_shape(run, key, dynamic)
+    if constants:
+        constants = eqx.filter_jit(lambda: run(key, dynamic)[0])()
+    model = _substitute_default_key(substitute(model, data=constants))
+
+    jacobians, shapes = _jacobian_sites(model, args, kwargs, found["latent_names"], values)
+    depends = _dependent_partitions(model, dynamic, static, found.pop("partitions"), values)
+    names = found.pop("latent_names")
+    intractable = tuple((site, latents) for site, latents in depends if site not in found["ignored"])
+    spec = Spec(
+        latents=tuple((name, shapes[name]) for name in names),
+        jacobians=jacobians,
+        intractable=intractable,
+        **found,
+    )
+    return spec, constants
+
+
+def _is_subsampled(site: dict[str, Any]) -> bool:
+    size, subsample_size = site["args"]
+    return subsample_size is not None and subsample_size != size
+
+
+def _describe(recorded: Trace) -> dict[str, Any]:
+    """The static facts of one trace."""
+    latents, discrete, observed, dims = [], [], [], {}
+    roles: list[tuple[str, Role]] = []
+    normalized, ignored, no_reference, unknown_constant, partitions = set(), [], [], [], []
+    for name, site in recorded.items():
+        if site["type"] == "plate" and _is_subsampled(site):
+            size, subsample_size = site["args"]
+            warnings.warn(
+                f"Plate '{name}' is subsampled ({subsample_size} of {size}): the target holds one fixed subsample, "
+                "and its posterior is not that of the full data.",
+                EnergyWarning,
+                stacklevel=2,
+            )
+        if site["type"] == "deterministic":
+            dims[name] = _dim_names(site, jnp.ndim(site["value"]))
+        if site["type"] != "sample":
+            continue
+        fn = site["fn"]
+        tilts = tilted_parts(fn)
+        partitions += [name] if any(not tilt.is_normalized for tilt in tilts) else []
+        ignored += [name] if any(tilt.ignores_partition for tilt in tilts) else []
+        if site["is_observed"]:
+            if _is_factor(fn):
+                roles.append((name, site["infer"].get(ROLE_KEY, "loss")))
+                continue
+            roles.append((name, "data"))
+            observed.append(name)
+            unknown_constant += [name] if partitions and partitions[-1] == name else []
+            dims[name] = _dim_names(site, jnp.ndim(site["value"]))
+            continue
+        reference = reference_of(fn)
+        if fn.support.is_discrete:
+            _check_enumerable(name, site)
+            discrete.append(name)
+        else:
+            _check_latent(name, fn)
+            latents.append(name)
+            dims[name] = _dim_names(site, jnp.ndim(site["value"]))
+        if tilts:
+            roles.append((name, "prior"))
+            normalized |= {name} if all(tilt.is_normalized for tilt in tilts) else set()
+        no_reference += _why_no_reference(name, site, reference)
+    roles.sort(key=lambda entry: entry[1] != "prior")
+    return {
+        "latent_names": tuple(latents),
+        "discrete": tuple(discrete),
+        "observed": tuple(observed),
+        "roles": tuple(roles),
+        "dims": tuple(dims.items()),
+        "plate_depth": _guess_max_plate_nesting(recorded),
+        "normalized": frozenset(normalized),
+        "ignored": tuple(ignored),
+        "no_reference": tuple(no_reference),
+        "unknown_constant": tuple(name for name in unknown_constant if name not in ignored),
+        "partitions": tuple(partitions),
+    }
+
+
+def _is_factor(fn: dist.Distribution) -> bool:
+    while isinstance(fn, (dist.ExpandedDistribution, dist.MaskedDistribution, dist.Independent)):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Unit)
+
+
+def _dim_names(site: dict[str, Any], ndim: int) -> tuple[str | None, ...]:
+    """Names of the plates along each dimension of a site's value, None for dimensions of an event."""
+    event_dim = site["fn"].event_dim if site["type"] == "sample" else 0
+    names: list[str | None] = [None] * ndim
+    for frame in site.get("cond_indep_stack", ()):
+        position = ndim - event_dim + frame.dim
+        if 0 <= position < ndim:
+            names[position] = frame.name
+    return tuple(names)
+
+
+def _check_enumerable(name: str, site: dict[str, Any]) -> None:
+    fn = site["fn"]
+    if not fn.has_enumerate_support:
+        raise EnergyError(
+            f"Discrete latent site '{name}' ({type(fn).__name__}) cannot be enumerated, so there is no density over "
+            "the continuous sites. Give it a finite support (Categorical, Bernoulli, Binomial), or observe it."
+        )
+    try:
+        import numpyro.contrib.funsor  # noqa: F401
+    except ImportError as error:
+        raise EnergyError(
+            f"Discrete latent site '{name}' is summed out by enumeration, which needs the package funsor."
+        ) from error
+
+
+def _check_latent(name: str, fn: dist.Distribution) -> None:
+    if isinstance(fn, dist.Delta):
+        raise EnergyError(f"Latent site '{name}' is a Delta; use `numpyro.deterministic` for a known value.")
+
+
+def _why_no_reference(name: str, site: dict[str, Any], fn: dist.Distribution) -> Iterator[str]:
+    nodes = list(_nodes(fn))
+    if any(isinstance(node, dist.ImproperUniform) for node in nodes):
+        yield f"Site '{name}' is improper: give it a proper prior."
+    if any(isinstance(node, dist.MaskedDistribution) and node._mask is not True for node in nodes):
+        yield f"Latent site '{name}' is masked: mask the observed sites instead."
+    if site["scale"] is not None and not is_identically_one(site["scale"]):
+        yield f"Latent site '{name}' is scaled (by `handlers.scale` or a subsampled plate): scale observed sites only."
+
+
+def _nodes(fn: dist.Distribution) -> Iterator[dist.Distribution]:
+    """A distribution and all distributions that it is made of."""
+    yield fn
+    for child in jax.tree.leaves(fn, is_leaf=lambda node: isinstance(node, dist.Distribution) and node is not fn):
+        if isinstance(child, dist.Distribution):
+            yield from _nodes(child)
+
+
+def _jacobian_sites(
+    model: Callable, args: tuple, kwargs: dict[str, Any], names: tuple[str, ...], values: dict[str, Any]
+) -> tuple[frozenset[str], dict[str, tuple[int, ...]]]:
+    """Names of the factor sites that exist only while unconstraining, and the unconstrained shapes."""
+    dynamic, static = eqx.partition((args, kwargs), eqx.is_array)
+    seen: set[str] = set()
+
+    def unconstrained(values: dict[str, Array], dynamic: Any) -> dict[str, Array]:
+        args, kwargs = eqx.combine(dynamic, static)
+        recorded = trace(substitute(seed(model, jax.random.key(0)), data=values)).get_trace(*args, **kwargs)
+        seen.update(recorded)
+        return _unconstrained(recorded, names)
+
+    def jacobians(params: dict[str, Array], values: dict[str, Array], dynamic: Any) -> None:
+        args, kwargs = eqx.combine(dynamic, static)
+        others = {name: value for name, value in values.items() if name not in params}
+        fixed = substitute(seed(model, jax.random.key(0)), data=others)
+        recorded = trace(_unconstrain_params(fixed, params)).get_trace(*args, **kwargs)
+        extra.update(name for name, site in recorded.items() if site["type"] == "sample" and name not in seen)
+
+    extra: set[str] = set()
+    params = jax.eval_shape(unconstrained, values, dynamic)
+    jax.eval_shape(jacobians, params, values, dynamic)
+    return frozenset(extra), {name: params[name].shape for name in names}
+
+
+def _dependent_partitions(
+    model: Callable, dynamic: Any, static: Any, sites: tuple[str, ...], values: dict[str, Any]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Sites whose unknown partition function depends on latent sites, with those sites."""
+    if not sites:
+        return
+
+    def parameters(values: dict[str, Array], dynamic: Any, probe: Array) -> dict[str, Any]:
+        """All that Z is a function of: the energy and the base at points that do not depend on any site."""
+        args, kwargs = eqx.combine(dynamic, static)
+        recorded = trace(substitute(seed(model, jax.random.key(0)), data=values)).get_trace(*args, **kwargs)
+        found = {}
+        for name in sites:
+            tilts = [tilt for tilt in tilted_parts(recorded[name]["fn"]) if not tilt.is_normalized]
+            points = [jnp.full(tilt.shape(), probe) for tilt in tilts]
+            with numpyro.validation_enabled(False):
+                found[name] = [(tilt.tilt(x), tilt.base.log_prob(x)) for tilt, x in zip(tilts, points, strict=True)]
+        return found
+
+    for name, latents in dependencies(parameters, values, dynamic, jnp.zeros(())).items():
+        if latents:
+            yield name, tuple(sorted(latents))

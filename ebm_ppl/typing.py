@@ -1,0 +1,172 @@
+"""Shared vocabulary: array aliases, the `LogZ` result, errors and warnings.
+
+Everything is measured in nats. An energy `U` is low where probability is high, a log density is `-beta * U`, and the
+partition function of energies `U_k` under a normalised reference `pi_0` is
+
+    Z = E_{pi_0}[ exp(-sum_k beta_k U_k) ]            log Z: `LogZ.value`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+Array = jax.Array
+ArrayLike = jax.typing.ArrayLike
+PRNGKey = jax.Array
+Role = Literal["prior", "loss", "data"]
+"""What an energy stands for: a reshaped prior, a declared misfit to data, or an observed sample site."""
+
+
+class EnergyWarning(UserWarning):
+    """A number that is probably not what the modeller wanted; the run goes on."""
+
+
+class EnergyError(ValueError):
+    """Base of the errors that this package raises about a model or a run."""
+
+
+class EnergyShapeError(EnergyError):
+    """An energy has another shape than the one number per event that it must return."""
+
+
+class NonFiniteEnergyError(EnergyError):
+    """An energy is NaN where a finite value is needed, or -inf (infinite density) anywhere."""
+
+
+class IntractablePartitionError(EnergyError):
+    """Z(theta) of an `EnergyDistribution` depends on latent sites and is not known.
+
+    The joint density of the model then lacks a factor `1 / Z(theta)`, and any ordinary sampler would return a wrong
+    posterior without a word.
+    """
+
+
+class NoReferenceError(EnergyError):
+    """The latent sites do not form a normalised measure, so there is no partition function to speak of."""
+
+
+class DegenerateParticlesError(EnergyError):
+    """Every particle has zero weight."""
+
+
+class TemperingStalledError(EnergyError):
+    """The inverse temperature stopped growing before it reached one."""
+
+
+class IncomparableError(EnergyError):
+    """Two evidences of different data were compared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogZ:
+    """An estimate of a log partition function, in nats, with its standard error.
+
+    For a model with observed sites or losses, `value` is the **log evidence**
+
+        log p(y) = log Z(prior energies and data) - log Z(prior energies),
+
+    so that differences of two `LogZ` are log Bayes factors whether or not the models have prior energies. For a model
+    without data it is `log Z(prior energies)`. The two stages are kept in `parts`.
+
+    Subtraction and addition propagate the errors of independent estimates, `sqrt(se_a^2 + se_b^2)`.
+
+    Attributes:
+        value: the estimate, in nats.
+        std_error: its standard error, in nats.
+        method: the estimator, for example `"SMC"`.
+        parts: log Z increment of each role on the path, in the order passed: `{"prior": ..., "data": ...}`.
+        replicates: one estimate for each independent run, shape (num_runs,).
+        lower, upper: bounds where the method brackets log Z, else None.
+        data_id: fingerprint of the observed values; None where there are none.
+        diagnostics: what says whether to trust the number.
+        draws: the weighted particles and schedule as an `xarray.DataTree`, where the method has them.
+
+    Raises:
+        IncomparableError: on subtracting estimates of different data.
+    """
+
+    value: float
+    std_error: float
+    method: str = ""
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    replicates: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0), repr=False, compare=False)
+    lower: float | None = None
+    upper: float | None = None
+    data_id: str | None = None
+    diagnostics: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    draws: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __sub__(self, other: LogZ | float) -> LogZ:
+        return self._combine(other, -1.0)
+
+    def __add__(self, other: LogZ | float) -> LogZ:
+        return self._combine(other, 1.0)
+
+    __radd__ = __add__
+
+    def __neg__(self) -> LogZ:
+        return dataclasses.replace(
+            self,
+            value=-self.value,
+            lower=None if self.upper is None else -self.upper,
+            upper=None if self.lower is None else -self.lower,
+            parts={name: -part for name, part in self.parts.items()},
+            replicates=-self.replicates,
+        )
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.std_error:.3f}"
+
+    def _combine(self, other: LogZ | float, sign: float) -> LogZ:
+        if not isinstance(other, LogZ):
+            shift = sign * float(other)
+            return dataclasses.replace(
+                self,
+                value=self.value + shift,
+                replicates=self.replicates + shift,
+                lower=None if self.lower is None else self.lower + shift,
+                upper=None if self.upper is None else self.upper + shift,
+            )
+        if sign < 0 and self.data_id != other.data_id:
+            raise IncomparableError(
+                "These evidences are of different observed data, so their difference is not a log Bayes factor. "
+                "Condition both models on the same observed values (the same numbers, in the same shapes)."
+            )
+        low, high = (other.lower, other.upper) if sign > 0 else (other.upper, other.lower)
+        return LogZ(
+            value=self.value + sign * other.value,
+            std_error=math.hypot(self.std_error, other.std_error),
+            method=self.method if self.method == other.method else f"{self.method}, {other.method}",
+            lower=None if self.lower is None or low is None else self.lower + sign * low,
+            upper=None if self.upper is None or high is None else self.upper + sign * high,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """What a sampler hands to `arviz.to_datatree`.
+
+    Attributes:
+        z: unconstrained draws, shape (chain, draw, dim).
+        stats: statistics of each draw under ArviZ's names, shape (chain, draw, ...).
+        attrs: facts about the run, for the attributes of the result.
+        particles: weighted originals: `z` of shape (chain, particle, dim) and `log_weight` (chain, particle).
+        stages: the path of a tempered run, each of shape (chain, stage) padded with NaN.
+        log_z: per-run estimates, each of shape (chain,).
+    """
+
+    z: Array
+    stats: dict[str, Array]
+    attrs: dict[str, Any]
+    particles: dict[str, Array] | None = None
+    stages: dict[str, np.ndarray] | None = None
+    log_z: dict[str, np.ndarray] | None = None

@@ -1,0 +1,204 @@
+"""Warm-up in windows, pooled over chains: one step size and one metric for all, from BlackJAX's own pieces.
+
+    step size   dual averaging on the mean acceptance of the chains
+    metric      inverse mass matrix `L L'` from all draws of a window; windows double in length, as Stan's do
+
+With four chains a window carries four times the information, and trajectories of the chains agree better in length.
+A dense metric is trusted only as far as two halves of the chains agree on it: its correlations R are shrunk to
+`k R + (1 - k) I`, with the k under which each half best predicts the other.
+
+References:
+    Carpenter et al. (2017), Stan; Hoffman and Gelman (2014), The No-U-Turn Sampler; Seyboldt et al. (2026) for the
+    low-rank metric.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from blackjax.adaptation.metric_recipes import lookup_recipe
+from blackjax.adaptation.staged_adaptation import build_schedule
+from blackjax.adaptation.step_size import dual_averaging_adaptation
+
+from ebm_ppl.kernels import Metric, Tuning
+from ebm_ppl.scale import DenseScale, DiagonalScale, LowRankScale, Scale
+from ebm_ppl.typing import Array
+
+FAST, SLOW, WINDOW_END, FROZEN = range(4)
+MOST_DENSE = 300
+MAX_RANK = 20
+KEEP = (0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
+"""Candidates for the share of the correlations that a dense metric keeps."""
+
+
+class Warmup(NamedTuple):
+    """Pure functions for use in a compiled loop; chains lie along the first axis of every argument of `update`."""
+
+    init: Callable[[int], Any]
+    update: Callable[[Any, Array, Array, Array, Array], Any]
+    """`(state, phase, positions, gradients, acceptance) -> state`"""
+    tuning: Callable[[Any, Array], Tuning]
+    """What to use in a phase: the current step size, or where FROZEN its average."""
+
+
+class WarmupState(NamedTuple):
+    step_size: Any
+    metric: Any
+    scale: Scale
+
+
+class Estimator(NamedTuple):
+    """How a metric is learned: `init(dim) -> state, scale`, `add(state, positions, gradients)`, `close(state)`."""
+
+    init: Callable[[int], tuple[Any, Scale]]
+    add: Callable[[Any, Array, Array], Any]
+    close: Callable[[Any], tuple[Any, Scale]]
+
+
+def schedule(num_warmup: int) -> np.ndarray:
+    """Phase code of each warm-up step, shape (num_warmup,)."""
+    if num_warmup == 0:
+        return np.zeros(0, int)
+    stages = np.asarray(build_schedule(num_warmup, 30, 40, 20), dtype=int)
+    return stages[:, 0] + stages[:, 1]
+
+
+def window_warmup(target_accept: float, metric: Metric, dim: int, num_warmup: int) -> Warmup:
+    """Stan's warm-up in windows, pooled over chains; see the module docstring."""
+    da_init, da_update, da_final = dual_averaging_adaptation(target_accept)
+    estimator = _estimator(metric, dim, num_warmup)
+
+    def init(dim: int) -> WarmupState:
+        return WarmupState(jax.tree.map(jnp.asarray, da_init(1.0)), *estimator.init(dim))
+
+    def fast(state: WarmupState, positions: Array, gradients: Array, acceptance: Array) -> WarmupState:
+        return state._replace(step_size=da_update(state.step_size, jnp.mean(acceptance)))
+
+    def slow(state: WarmupState, positions: Array, gradients: Array, acceptance: Array) -> WarmupState:
+        state = fast(state, positions, gradients, acceptance)
+        return state._replace(metric=estimator.add(state.metric, positions, gradients))
+
+    def window_end(state: WarmupState, positions: Array, gradients: Array, acceptance: Array) -> WarmupState:
+        state = slow(state, positions, gradients, acceptance)
+        restarted = jax.tree.map(jnp.asarray, da_init(da_final(state.step_size)))
+        return WarmupState(restarted, *estimator.close(state.metric))
+
+    def frozen(state: WarmupState, positions: Array, gradients: Array, acceptance: Array) -> WarmupState:
+        return state
+
+    def update(state: WarmupState, phase: Array, positions: Array, gradients: Array, acceptance: Array) -> WarmupState:
+        return jax.lax.switch(phase, (fast, slow, window_end, frozen), state, positions, gradients, acceptance)
+
+    def tuning(state: WarmupState, phase: Array) -> Tuning:
+        averaged, current = da_final(state.step_size), jnp.exp(state.step_size.log_step_size)
+        return Tuning(jnp.where(phase == FROZEN, averaged, current), state.scale)
+
+    return Warmup(init, update, tuning)
+
+
+def _estimator(metric: Metric, dim: int, num_warmup: int) -> Estimator:
+    if metric == "diag":
+        return _diagonal()
+    if metric == "dense" or (metric == "auto" and dim <= MOST_DENSE):
+        return _dense()
+    return _low_rank(num_warmup)
+
+
+def _diagonal() -> Estimator:
+    core = lookup_recipe("welford_diag").build_core()
+
+    def close(state: Any) -> tuple[Any, Scale]:
+        state = core.final(state)
+        return state, DiagonalScale(jnp.sqrt(state.inverse_mass_matrix))
+
+    return Estimator(lambda dim: (core.init(dim), DiagonalScale(jnp.ones(dim))), _add_all(core.update), close)
+
+
+def _low_rank(num_warmup: int) -> Estimator:
+    """BlackJAX's Fisher-divergence metric, whose buffer holds the pooled draws of the latest window."""
+    recipe = dataclasses.replace(lookup_recipe("fisher_low_rank"), max_rank=MAX_RANK)
+    core = recipe.build_core(buffer_size=max(4 * num_warmup // 2, 128))
+
+    def scale(state: Any) -> Scale:
+        sigma, directions, eigenvalues = state.inverse_mass_matrix
+        return LowRankScale(sigma, directions, jnp.sqrt(eigenvalues))
+
+    def init(dim: int) -> tuple[Any, Scale]:
+        state = core.init(dim)
+        return state, scale(state)
+
+    def close(state: Any) -> tuple[Any, Scale]:
+        state = core.final(state)
+        return state, scale(state)
+
+    return Estimator(init, _add_all(core.update), close)
+
+
+def _add_all(update: Callable) -> Callable:
+    def add(state: Any, positions: Array, gradients: Array) -> Any:
+        learned, _ = jax.lax.scan(lambda state, draw: (update(state, *draw), None), state, (positions, gradients))
+        return learned
+
+    return add
+
+
+class Halves(NamedTuple):
+    """Moments of the two halves of the chains (of the draws where there is one chain), and the number of updates."""
+
+    first: Any
+    second: Any
+    count: Array
+
+
+def _dense() -> Estimator:
+    core = lookup_recipe("welford_dense").build_core()
+
+    def init(dim: int) -> tuple[Any, Scale]:
+        half = core.init(dim)
+        return Halves(half, half, jnp.zeros((), int)), DenseScale(jnp.eye(dim), jnp.eye(dim))
+
+    def add(state: Halves, positions: Array, gradients: Array) -> Halves:
+        def add_one(halves: tuple[Any, Any], draw: tuple[Array, Array, Array]) -> tuple[tuple[Any, Any], None]:
+            is_first, position, gradient = draw
+            first, second = halves
+            grown = core.update(jax.tree.map(lambda a, b: jnp.where(is_first, a, b), first, second), position, gradient)
+            first = jax.tree.map(lambda new, old: jnp.where(is_first, new, old), grown, first)
+            second = jax.tree.map(lambda new, old: jnp.where(is_first, old, new), grown, second)
+            return (first, second), None
+
+        chains = jnp.arange(len(positions)) + (state.count if len(positions) == 1 else 0)
+        halves, _ = jax.lax.scan(add_one, (state.first, state.second), (chains % 2 == 0, positions, gradients))
+        return Halves(*halves, state.count + 1)
+
+    def close(state: Halves) -> tuple[Halves, Scale]:
+        gap = state.first.wc_state.mean - state.second.wc_state.mean
+        first, second = core.final(state.first), core.final(state.second)
+        covariance = _agreed_covariance(first.inverse_mass_matrix, second.inverse_mass_matrix, gap)
+        return Halves(first, second, state.count), DenseScale.of_covariance(covariance)
+
+    return Estimator(init, add, close)
+
+
+def _agreed_covariance(first: Array, second: Array, gap: Array) -> Array:
+    """The covariance of two halves together, its correlations shrunk as far as the halves disagree on them."""
+    between = jnp.outer(gap, gap)
+    keep = jnp.asarray(KEEP, first.dtype)
+    loss = _held_out(first, second + between, keep) + _held_out(second, first + between, keep)
+    best = keep[jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))]
+    covariance = (first + second) / 2 + between / 4
+    return best * covariance + (1 - best) * jnp.diag(jnp.diag(covariance))
+
+
+def _held_out(fit: Array, test: Array, keep: Array) -> Array:
+    """Minus twice the Gaussian log likelihood of second moments `test` under `fit`, for each share kept."""
+    deviation = jnp.sqrt(jnp.diag(fit))
+    spread = jnp.outer(deviation, deviation)
+    values, vectors = jnp.linalg.eigh(fit / spread)
+    moment = jnp.sum(vectors * ((test / spread) @ vectors), axis=0)
+    spectrum = keep[:, None] * jnp.maximum(values, 0.0) + (1 - keep[:, None])
+    return jnp.sum(jnp.log(spectrum) + moment / spectrum, axis=1)
