@@ -4,6 +4,8 @@ from ebm_ppl.distribution import EnergyDistribution, energy_factor
 from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, ScaledEnergy, SumEnergy
 from ebm_ppl.inference import log_z, posterior_predictive, prior_predictive, read_log_z, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
+from ebm_ppl.numpyro_kernel import as_numpyro_kernel
+from ebm_ppl.plots import plot_energies, plot_smc
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, target
 from ebm_ppl.typing import (
@@ -43,8 +45,11 @@ __all__ = [
     "SumEnergy",
     "Target",
     "TemperingStalledError",
+    "as_numpyro_kernel",
     "energy_factor",
     "log_z",
+    "plot_energies",
+    "plot_smc",
     "posterior_predictive",
     "prior_predictive",
     "read_log_z",

@@ -9,8 +9,8 @@ a function of whatever its parameters depend on.
 
 from __future__ import annotations
 
+import copy
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.primitives import _PYRO_STACK
 
-from ebm_ppl.energy import as_energy_values
+from ebm_ppl.energy import as_energy_values, check_inverse_temperature
 from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, PRNGKey
 
 ROLE_KEY = "energy_role"
@@ -49,7 +50,7 @@ def energy_factor(
 
     Raises:
         EnergyShapeError: where the shape is not that of the surrounding plates, with both shapes.
-        EnergyError: for an unknown role, or booleans and complex numbers.
+        EnergyError: for an unknown role, a negative `beta`, or booleans and complex numbers.
 
     References:
         Bissiri, Holmes and Walker (2016), A general framework for updating belief distributions.
@@ -62,20 +63,19 @@ def energy_factor(
     if role not in ("prior", "loss"):
         raise EnergyError(f"energy_factor '{name}' has role {role!r}; it is either 'prior' or 'loss'.")
     source = f"energy_factor '{name}'"
-    with numpyro.handlers.trace() as recorded:
-        energy = as_energy_values(energy, jnp.shape(energy), source)
-        factor = dist.Unit(-beta * energy)
-        numpyro.sample(name, factor, obs=factor.sample(None), infer={"is_auxiliary": True, ROLE_KEY: role})
-    (site,) = recorded.values()
-    _check_plates(jnp.shape(energy), site["cond_indep_stack"], source)
+    check_inverse_temperature(beta, source)
+    log_factor = -beta * as_energy_values(energy, jnp.shape(energy), source)
+    _check_plates(jnp.shape(log_factor), source)
+    factor = dist.Unit(log_factor)
+    numpyro.sample(name, factor, obs=factor.sample(None), infer={"is_auxiliary": True, ROLE_KEY: role})
 
 
-def _check_plates(shape: tuple[int, ...], frames: list[Any], source: str) -> None:
+def _check_plates(shape: tuple[int, ...], source: str) -> None:
     """A factor must vary over exactly the plates around it: NumPyro would silently repeat or sum it otherwise."""
-    depth = max((-frame.dim for frame in frames), default=0)
-    sizes = {frame.dim: frame.size for frame in frames}
+    sizes = {handler.dim: handler.subsample_size for handler in _handlers("plate")}
+    depth = max((-dim for dim in sizes), default=0)
     expected = tuple(sizes.get(dim, 1) for dim in range(-depth, 0))
-    if _enumerating():  # enumerated sites add dimensions on the left
+    if _handlers("enum"):  # enumerated sites add dimensions on the left
         shape = shape[max(len(shape) - depth, 0) :]
     if shape != expected:
         raise EnergyShapeError(
@@ -84,8 +84,9 @@ def _check_plates(shape: tuple[int, ...], frames: list[Any], source: str) -> Non
         )
 
 
-def _enumerating() -> bool:
-    return any(type(handler).__name__ == "enum" for handler in _PYRO_STACK)
+def _handlers(kind: str) -> list[Any]:
+    """Active handlers by the name of their class: enumeration has a `plate` of its own."""
+    return [handler for handler in _PYRO_STACK if type(handler).__name__ == kind]
 
 
 class _Static:
@@ -124,6 +125,7 @@ class EnergyDistribution(dist.Distribution):
 
     Raises:
         EnergyShapeError: where the energy of one event is not a scalar.
+        EnergyError: for a negative `beta`, or a base that is itself an `EnergyDistribution`.
 
     Example:
         >>> quartic = ebm_ppl.EnergyDistribution(lambda x: x**4, dist.Normal(0.0, 1.0))
@@ -131,7 +133,7 @@ class EnergyDistribution(dist.Distribution):
     """
 
     pytree_data_fields = ("base", "beta", "log_partition", "_energy_arrays")
-    pytree_aux_fields = ("ignores_partition", "_energy_static")
+    pytree_aux_fields = ("ignores_partition", "_energy_static", "_energy_axes")
 
     def __init__(
         self,
@@ -144,6 +146,9 @@ class EnergyDistribution(dist.Distribution):
     ):
         if not callable(energy):
             raise EnergyError(f"EnergyDistribution takes a callable energy; got {type(energy).__name__}.")
+        if tilted_parts(base):
+            raise EnergyError("The base of an EnergyDistribution must be normalised: add the energies instead.")
+        check_inverse_temperature(beta, _describe(energy))
         self.ignores_partition = isinstance(log_partition, str)
         if self.ignores_partition and log_partition != "ignore":
             raise EnergyError(f"log_partition is an array, None or 'ignore'; got {log_partition!r}.")
@@ -151,6 +156,7 @@ class EnergyDistribution(dist.Distribution):
         self.beta = beta
         self._energy_arrays, static = eqx.partition(energy, eqx.is_array)
         self._energy_static = _Static(static)
+        self._energy_axes = 0
         batch_shape = jnp.broadcast_shapes(
             base.batch_shape, jnp.shape(beta), jnp.shape(self.log_partition) if self.is_normalized else ()
         )
@@ -182,14 +188,16 @@ class EnergyDistribution(dist.Distribution):
 
     def tilt(self, value: Array) -> Array:
         """The energy of each event relative to the base, `beta U(x) + log Z`, where log Z is given."""
-        one_energy = self.energy
         lead = jnp.shape(value)[: jnp.ndim(value) - self.event_dim]
-        if lead:
-            flat = jnp.reshape(value, (math.prod(lead), *self.event_shape))
-            energies = jax.vmap(one_energy)(flat).reshape(lead)
-        else:
-            energies = jnp.asarray(one_energy(value))
-        energies = self.beta * as_energy_values(energies, lead, _describe(one_energy))
+        source = _describe(self.energy)
+
+        def one(arrays: Any, x: Array) -> Array:
+            return as_energy_values(eqx.combine(arrays, self._energy_static.tree)(x), (), source)
+
+        stacked = range(len(lead) - len(self.batch_shape), len(lead) - len(self.batch_shape) + self._energy_axes)
+        for axis in reversed(range(len(lead))):
+            one = jax.vmap(one, (0 if axis in stacked else None, 0))
+        energies = self.beta * one(self._energy_arrays, value)
         return energies + self.log_partition if self.is_normalized else energies
 
     def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:
@@ -205,6 +213,22 @@ class EnergyDistribution(dist.Distribution):
             beta=self.beta,
             log_partition="ignore" if self.ignores_partition else self.log_partition,
         )
+
+
+@promote_batch_shape.register
+def _promote_batch_shape(fn: EnergyDistribution) -> EnergyDistribution:
+    """NumPyro's scan stacks all leaves of a distribution along new axes on the left of its batch."""
+    promoted = copy.copy(fn)
+    promoted.base = promote_batch_shape(fn.base)
+    promoted._batch_shape = promoted.base.batch_shape
+    promoted._energy_axes = len(promoted.batch_shape) - len(fn.batch_shape) + fn._energy_axes
+
+    def aligned(leaf: ArrayLike) -> Array:
+        new, old = jnp.shape(leaf)[: promoted._energy_axes], jnp.shape(leaf)[promoted._energy_axes :]
+        return jnp.reshape(leaf, new + (1,) * (len(fn.batch_shape) - len(old)) + old)
+
+    promoted.beta, promoted.log_partition = jax.tree.map(aligned, (fn.beta, fn.log_partition))
+    return promoted
 
 
 def _describe(energy: Callable) -> str:

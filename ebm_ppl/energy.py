@@ -19,6 +19,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, EnergyWarning, PRNGKey
 
@@ -71,8 +72,7 @@ class ScaledEnergy(Energy):
     factor: ArrayLike
 
     def __check_init__(self):
-        if not isinstance(self.factor, jax.core.Tracer) and jnp.any(jnp.asarray(self.factor) < 0):
-            raise EnergyError(f"An energy is scaled by a non-negative factor; got {self.factor}.")
+        check_inverse_temperature(self.factor, "ScaledEnergy")
 
     def __call__(self, x: Array) -> Array:
         return self.factor * self.term(x)
@@ -119,6 +119,13 @@ class MLPEnergy(Energy):
 
     def __call__(self, x: Array) -> Array:
         return self.network(x)
+
+
+def check_inverse_temperature(beta: Any, source: str) -> None:
+    """Refuses a concrete negative factor of an energy: the density would be tilted the other way."""
+    known = isinstance(beta, (int, float, np.ndarray, np.generic, jax.Array)) and not isinstance(beta, jax.core.Tracer)
+    if known and np.any(np.asarray(beta) < 0):
+        raise EnergyError(f"{source} is scaled by a negative number, {beta}; give a non-negative factor.")
 
 
 def as_energy_values(values: Any, expected_shape: tuple[int, ...], source: str) -> Array:

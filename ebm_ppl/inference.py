@@ -267,7 +267,7 @@ def _predict(key: PRNGKey, target: Target, draws: Any) -> dict[str, np.ndarray]:
         return jax.device_get(predictive(key_observed, *target.args, **target.kwargs))
     except NotImplementedError as error:
         raise EnergyError(
-            f"One of the observed sites {sites} cannot be sampled from: an EnergyDistribution has no sampler of its own."
+            f"One of the observed sites {sites} cannot be sampled: an EnergyDistribution has no sampler of its own."
         ) from error
 
 

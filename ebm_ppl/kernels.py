@@ -1,12 +1,13 @@
 """BlackJAX's Markov kernels behind one signature; the only file that knows BlackJAX's MCMC interface.
 
-    kernel.init(z, log_density)                          -> state   state.position is z, .logdensity log p(z)
-    kernel.length(key, tuning, dim)                      -> num_steps, drawn once for all chains of a batch
-    kernel.step(key, state, log_density, tuning, num_steps) -> state, stats; exp(log_density) is invariant if adjusted
+    kernel.init(z, log_density) -> state                            state.position is z, .logdensity log p(z)
+    kernel.length(key, tuning, dim) -> num_steps                    drawn once for all chains of a batch
+    kernel.step(key, state, log_density, tuning, num_steps)         -> state, stats; log p is invariant if adjusted
 
 `tuning` holds the step size and the scale L of the metric (`scale.py`): BlackJAX's kernels run in whitened coordinates
-`x`, `z = origin + L x`, with an identity metric. `stats` is a dictionary of scalars under ArviZ's names. Chains share the number of leapfrog steps, since the batch takes
-as long as its longest trajectory. Samplers are small frozen settings objects; each makes its kernel.
+`x`, `z = origin + L x`, with an identity metric. `stats` is a dictionary of scalars under ArviZ's names. Chains share
+the number of leapfrog steps, since a batch takes as long as its longest trajectory. Samplers are small frozen settings
+objects; each makes its kernel.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class NUTS:
                 "nan_energy": jnp.isnan(ends[0]) | jnp.isnan(ends[1]),
             }
 
-        return Kernel(nuts.init, _whitened(step))
+        return Kernel(hmc_state, _whitened(step))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ class HMC:
 
     def kernel(self) -> Kernel:
         length = _length_around(lambda dim: self.trajectory_length, self.max_leapfrogs)
-        return Kernel(hmc.init, _whitened(_end_point_step(hmc.build_kernel(), _hmc_call)), length)
+        return Kernel(hmc_state, _whitened(_end_point_step(hmc.build_kernel(), _hmc_call)), length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ class MALA:
     name = "MALA"
 
     def kernel(self) -> Kernel:
-        return Kernel(hmc.init, _whitened(_end_point_step(hmc.build_kernel(), _hmc_call)))
+        return Kernel(hmc_state, _whitened(_end_point_step(hmc.build_kernel(), _hmc_call)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +216,11 @@ def tune_unadjusted_mclmc(
         frac_tune3=1 / 3,
     )
     return state, MCLMCTuning(params.step_size, params.inverse_mass_matrix, params.L)
+
+
+def hmc_state(position: Array, log_density: LogDensity) -> HMCState:
+    """State of every adjusted kernel at a position: log density and gradient."""
+    return hmc.init(position, log_density)
 
 
 def _whitened(step: Callable) -> Callable:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -21,15 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebm_ppl import kernels
-from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning
+from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning, hmc_state
 from ebm_ppl.target import Target
-from ebm_ppl.typing import Array, Draws, EnergyWarning, NonFiniteEnergyError, PRNGKey
+from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, NonFiniteEnergyError, PRNGKey
 from ebm_ppl.warmup import FROZEN, Warmup, schedule, window_warmup
 
 Sampler = NUTS | HMC | MALA | MCLMC
-CANDIDATES = 10
-START_ROUNDS = 10
+START_TRIES = 100
 START_RADIUS = 2.0
+QUICK = {"xla_backend_optimization_level": 0}
+"""Compiler options for what runs once: compiling fast matters more than running fast."""
 
 
 class ChainState(NamedTuple):
@@ -114,59 +115,78 @@ def _start(
     num_warmup: int,
     init: str | dict[str, Any],
 ) -> ChainState:
-    key_start, key_tune, key_chains = jax.random.split(key, 3)
-    keys = jax.random.split(key_chains, num_chains)
-    positions = starting_points(key_start, target, num_chains, init)
-    if _is_unadjusted(sampler):
-        states, learned = _tune_unadjusted(target, jax.random.split(key_tune, num_chains), positions, num_warmup)
-    else:
-        states = _init_states(target, sampler, positions)
-        learned = warmup.init(target.dim)
-    return ChainState(states, learned, keys, jnp.zeros((), int))
-
-
-@eqx.filter_jit
-def _tune_unadjusted(target: Target, keys: Array, positions: Array, num_warmup: int) -> tuple[Any, Any]:
-    tune = functools.partial(kernels.tune_unadjusted_mclmc, num_steps=max(num_warmup, 60))
-    return jax.vmap(lambda key, z: tune(key, z, target.log_density))(keys, positions)
-
-
-@eqx.filter_jit
-def _init_states(target: Target, sampler: Sampler, positions: Array) -> Any:
-    return jax.vmap(lambda z: sampler.kernel().init(z, target.log_density))(positions)
-
-
-def starting_points(key: PRNGKey, target: Target, num_chains: int, init: str | dict[str, Any]) -> Array:
-    """One point for each chain where log density and gradient are finite, shape (num_chains, dim).
-
-    Args:
-        init: `"uniform"` draws each unconstrained coordinate from U(-2, 2), `"reference"` draws from the reference;
-            a dictionary of constrained values starts all chains there.
-
-    Raises:
-        NonFiniteEnergyError: after a bounded number of tries, naming the sites that are not finite, with a point.
-    """
     if isinstance(init, dict):
-        raise NotImplementedError
-    for round_ in range(START_ROUNDS):
-        candidates, finite = _candidates(jax.random.fold_in(key, round_), target, num_chains, init)
-        if bool(jnp.all(jnp.any(finite, axis=1))):
-            first = jnp.argmax(finite, axis=1)
-            return candidates[jnp.arange(num_chains), first]
-    raise NonFiniteEnergyError(_explain(target, candidates[0, 0]))
+        start = _given_point(target, init)
+    elif init == "reference":
+        target.require_reference()
+        start = target.sample_reference
+    elif init == "uniform":
+        start = None
+    else:
+        raise EnergyError(f"init is 'uniform', 'reference' or a dictionary of values by site; got {init!r}.")
+    state, finite = _first_finite(key, target, sampler, num_chains, num_warmup, start)
+    if not bool(jnp.all(finite)):
+        chain = int(jnp.argmin(finite))
+        raise NonFiniteEnergyError(
+            f"No starting point with finite log density and gradient in {START_TRIES} tries. "
+            + _explain(target, state.kernel.position[chain])
+        )
+    return state
 
 
-@eqx.filter_jit
-def _candidates(key: PRNGKey, target: Target, num_chains: int, init: str) -> tuple[Array, Array]:
-    def one(key: PRNGKey) -> tuple[Array, Array]:
-        if init == "reference":
-            z = target.sample_reference(key)
-        else:
-            z = jax.random.uniform(key, (target.dim,), minval=-START_RADIUS, maxval=START_RADIUS)
-        value, gradient = jax.value_and_grad(target.log_density)(z)
-        return z, jnp.isfinite(value) & jnp.all(jnp.isfinite(gradient))
+def _given_point(target: Target, values: dict[str, Any]) -> Array:
+    missing = [name for name in target.latent_names if name not in values]
+    if missing:
+        raise EnergyError(f"init gives no value for the latent sites {', '.join(map(repr, missing))}.")
+    return target.unconstrain(values)
 
-    return jax.vmap(jax.vmap(one))(jax.random.split(key, (num_chains, CANDIDATES)))
+
+@functools.partial(eqx.filter_jit, compiler_options=QUICK)
+def _first_finite(
+    key: PRNGKey,
+    target: Target,
+    sampler: Sampler,
+    num_chains: int,
+    num_warmup: int,
+    start: Array | Callable | None,
+) -> tuple[ChainState, Array]:
+    """States of all chains at points where log density and gradient are finite, after a bounded number of tries.
+
+    The points are uniform on (-2, 2) in unconstrained space, draws of the reference, or the one given.
+    """
+
+    def propose(key: PRNGKey) -> Array:
+        if start is None:
+            return jax.random.uniform(key, (target.dim,), minval=-START_RADIUS, maxval=START_RADIUS)
+        return start(key) if callable(start) else start
+
+    def is_finite(state: Any) -> Array:
+        return jnp.isfinite(state.logdensity) & jnp.all(jnp.isfinite(state.logdensity_grad))
+
+    def attempt(key: PRNGKey, tries: Array) -> Any:
+        return hmc_state(propose(jax.random.fold_in(key, tries)), target.log_density)
+
+    def one(key: PRNGKey) -> tuple[Any, Array]:
+        def again(carry: tuple[Array, Any]) -> Array:
+            return ~is_finite(carry[1]) & (carry[0] < START_TRIES)
+
+        def retry(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            return carry[0] + 1, attempt(key, carry[0])
+
+        _, state = jax.lax.while_loop(again, retry, (jnp.ones((), int), attempt(key, jnp.zeros((), int))))
+        return state, is_finite(state)
+
+    key_start, key_tune, key_chains = jax.random.split(key, 3)
+    states, finite = jax.vmap(one)(jax.random.split(key_start, num_chains))
+    if _is_unadjusted(sampler):
+        tune = functools.partial(kernels.tune_unadjusted_mclmc, num_steps=max(num_warmup, 60))
+        keys = jax.random.split(key_tune, num_chains)
+        states, learned = jax.vmap(lambda key, z: tune(key, z, target.log_density))(keys, states.position)
+    else:
+        learned = _warmup(sampler, target.dim, num_warmup).init(target.dim)
+    # Weak types in the first state would cost a second compilation.
+    strong = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), (states, learned))
+    return ChainState(*strong, jax.random.split(key_chains, num_chains), jnp.zeros((), int)), finite
 
 
 def _explain(target: Target, z: Array) -> str:
@@ -181,7 +201,6 @@ def _explain(target: Target, z: Array) -> str:
     bad += [f"'{name}' (energy {value})" for name, value in energies.items() if not jnp.isfinite(value)]
     what = ", ".join(bad) if bad else "the gradient of the log density (all values are finite)"
     return (
-        f"No starting point with finite density and gradient in {START_ROUNDS * CANDIDATES} tries for each chain. "
         f"Not finite: {what}. Example point: {constrained}. "
         "Check these sites there, or pass init= with values at which they are finite."
     )

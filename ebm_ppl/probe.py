@@ -39,7 +39,8 @@ def check_tails(target: Target, *, needs_normalisation: bool) -> None:
     log_density, energies = jax.device_get(_along_rays(target))
     for name in suspects:
         _check_energy(name, energies[name])
-    rising = np.all(np.diff(log_density[:, 2:], axis=1) > 0, axis=1) & np.all(np.isfinite(log_density[:, 2:]), axis=1)
+    outer = log_density[np.all(np.isfinite(log_density[:, 2:]), axis=1), 2:]
+    rising = np.all(np.diff(outer, axis=1) > 0, axis=1)
     if np.any(rising):
         message = (
             f"The log density still rises at distance {RADII[-1]:g} along {rising.sum()} of {NUM_RAYS} random rays in "
@@ -81,7 +82,7 @@ def _check_energy(name: str, energy: np.ndarray) -> None:
             stacklevel=5,
         )
         return
-    scale = np.abs(energy).max(initial=1e-12)
+    scale = np.abs(energy).max(initial=1e-12, where=np.isfinite(energy))
     flat = np.all(np.abs(steps[:, 1:]) < 1e-3 * scale, axis=1)
     below = energy[ok, 0] - outer[ok, -1] > 1e-3 * scale
     if np.mean(flat & below) >= MOST and np.all(energy[ok] >= 0):

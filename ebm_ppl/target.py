@@ -199,6 +199,11 @@ class Target(eqx.Module):
         values = constrain_fn(model, self.args, self.kwargs, self.unravel(z), return_deterministic=True)
         return {name: value for name, value in values.items() if name in dict(self.spec.dims)}
 
+    def unconstrain(self, values: dict[str, Any]) -> Array:
+        """The point `z` of given values of all latent sites: the inverse of `constrain`."""
+        model = substitute(seed(self._prepared(), jax.random.key(0)), data=values)
+        return self.ravel(_unconstrained(trace(model).get_trace(*self.args, **self.kwargs), self.latent_names))
+
     def log_likelihood(self, z: Array) -> dict[str, Array]:
         """Pointwise log density of each observed site (never of a factor), unscaled."""
         recorded = trace(_unconstrain_params(self._prepared(), self.unravel(z))).get_trace(*self.args, **self.kwargs)
@@ -300,7 +305,8 @@ def target(model: Callable, *args: Any, **kwargs: Any) -> Target:
 
 def predictive_model(target: Target) -> Callable:
     """The model with its observed sites sampled instead of conditioned on."""
-    return uncondition(target._prepared())
+    # Not `_prepared`: `uncondition` asks for keys, and the default one would give all draws the same noise.
+    return uncondition(substitute(target.model, data=target.constants))
 
 
 def _as_array(leaf: Any) -> Any:
@@ -476,7 +482,7 @@ def _check_enumerable(name: str, site: dict[str, Any]) -> None:
 
 
 def _check_latent(name: str, fn: dist.Distribution) -> None:
-    if isinstance(fn, dist.Delta):
+    if any(isinstance(node, dist.Delta) for node in _nodes(fn)):
         raise EnergyError(f"Latent site '{name}' is a Delta; use `numpyro.deterministic` for a known value.")
 
 

@@ -110,6 +110,9 @@ class LogZ:
 
     __radd__ = __add__
 
+    def __rsub__(self, other: float) -> LogZ:
+        return -self + other
+
     def __neg__(self) -> LogZ:
         return dataclasses.replace(
             self,

@@ -64,7 +64,8 @@ def schedule(num_warmup: int) -> np.ndarray:
     """Phase code of each warm-up step, shape (num_warmup,)."""
     if num_warmup == 0:
         return np.zeros(0, int)
-    stages = np.asarray(build_schedule(num_warmup, 30, 40, 20), dtype=int)
+    with jax.ensure_compile_time_eval():  # it may be asked for inside a trace
+        stages = np.asarray(build_schedule(num_warmup, 30, 40, 20), dtype=int)
     return stages[:, 0] + stages[:, 1]
 
 
@@ -76,23 +77,20 @@ def window_warmup(target_accept: float, metric: Metric, dim: int, num_warmup: in
     def init(dim: int) -> WarmupState:
         return WarmupState(jax.tree.map(jnp.asarray, da_init(1.0)), *estimator.init(dim))
 
-    def fast(state: WarmupState, positions: Array, gradients: Array, acceptance: Array) -> WarmupState:
-        return state._replace(step_size=da_update(state.step_size, jnp.mean(acceptance)))
+    def learn(state: WarmupState, phase: Array, positions: Array, gradients: Array, acceptance: Array) -> WarmupState:
+        state = state._replace(step_size=da_update(state.step_size, jnp.mean(acceptance)))
+        metric = jax.lax.cond(
+            phase == FAST, lambda metric, *_: metric, estimator.add, state.metric, positions, gradients
+        )
+        return jax.lax.cond(phase == WINDOW_END, close, lambda state: state, state._replace(metric=metric))
 
-    def slow(state: WarmupState, positions: Array, gradients: Array, acceptance: Array) -> WarmupState:
-        state = fast(state, positions, gradients, acceptance)
-        return state._replace(metric=estimator.add(state.metric, positions, gradients))
-
-    def window_end(state: WarmupState, positions: Array, gradients: Array, acceptance: Array) -> WarmupState:
-        state = slow(state, positions, gradients, acceptance)
+    def close(state: WarmupState) -> WarmupState:
         restarted = jax.tree.map(jnp.asarray, da_init(da_final(state.step_size)))
         return WarmupState(restarted, *estimator.close(state.metric))
 
-    def frozen(state: WarmupState, positions: Array, gradients: Array, acceptance: Array) -> WarmupState:
-        return state
-
     def update(state: WarmupState, phase: Array, positions: Array, gradients: Array, acceptance: Array) -> WarmupState:
-        return jax.lax.switch(phase, (fast, slow, window_end, frozen), state, positions, gradients, acceptance)
+        arguments = (state, phase, positions, gradients, acceptance)
+        return jax.lax.cond(phase == FROZEN, lambda state, *_: state, learn, *arguments)
 
     def tuning(state: WarmupState, phase: Array) -> Tuning:
         averaged, current = da_final(state.step_size), jnp.exp(state.step_size.log_step_size)
