@@ -88,7 +88,7 @@ def sample(
                 "num_samples, num_warmup, thin and state alone."
             )
         check_tails(target, needs_normalisation=True)
-        draws, _ = smc.run(key, target, sampler, num_runs=num_chains, progress_bar=progress_bar)
+        draws = smc.run(key, target, sampler, num_runs=num_chains, progress_bar=progress_bar)
         _check_precision(draws, target)
         return to_datatree(target, draws, coords=coords, dims=dims, log_likelihood=log_likelihood)
     if state is None:
@@ -139,7 +139,7 @@ def log_z(
     target.require_reference()
     target.require_known_constant()
     check_tails(target, needs_normalisation=True)
-    draws, _ = smc.run(key, target, method, num_runs=num_runs, progress_bar=progress_bar)
+    draws = smc.run(key, target, method, num_runs=num_runs, progress_bar=progress_bar)
     _check_precision(draws, target)
     return _summarise(draws, data_id(target))
 
@@ -191,7 +191,7 @@ def _check_precision(draws: Draws, target: Target) -> None:
             EnergyWarning,
             stacklevel=3,
         )
-    largest = float(draws.attrs.get("largest_energy", 0.0))
+    largest = float(draws.attrs.get("largest_mean_energy", 0.0))
     if largest > LARGE_ENERGY and draws.z.dtype == jnp.float32:
         warnings.warn(
             f"Energies reach {largest:.1e} nats in single precision, which resolves them to {largest * 6e-8:.1e} nats "
@@ -225,7 +225,7 @@ def prior_predictive(
     prior.require_reference()
     if prior.spec.roles:
         sampler = SMC(num_particles=num_samples) if sampler is None else sampler
-        draws, _ = smc.run(key_draw, prior, sampler, num_runs=1, progress_bar=False)
+        draws = smc.run(key_draw, prior, sampler, num_runs=1, progress_bar=False)
     else:
         z = eqx.filter_jit(jax.vmap(prior.sample_reference))(jax.random.split(key_draw, num_samples))
         draws = Draws(z[None], {}, {"inference_library": "ebm_ppl", "sampler": "exact"})

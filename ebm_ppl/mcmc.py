@@ -243,7 +243,7 @@ def _chunks(num_warmup: int, num_samples: int) -> Iterator[slice]:
 
 def _chunk_length(num_warmup: int, num_samples: int) -> int:
     divisor = int(np.gcd(num_warmup, num_samples))
-    fitting = [length for length in range(50, 501) if divisor % length == 0]
+    fitting = [length for length in range(100, 501) if divisor % length == 0]
     return fitting[0] if fitting else max(min(num_samples, 500), 1)
 
 

@@ -84,7 +84,8 @@ def _check_energy(name: str, energy: np.ndarray) -> None:
         return
     scale = np.abs(energy).max(initial=1e-12, where=np.isfinite(energy))
     flat = np.all(np.abs(steps[:, 1:]) < 1e-3 * scale, axis=1)
-    below = energy[ok, 0] - outer[ok, -1] > 1e-3 * scale
+    centre = energy[ok, 0]
+    below = np.isfinite(centre) & (centre - outer[ok, -1] > 1e-3 * scale)
     if np.mean(flat & below) >= MOST and np.all(energy[ok] >= 0):
         warnings.warn(
             f"Energy '{name}' is non-negative, highest in the middle and flat in its tails, as a density is. An energy "

@@ -211,7 +211,8 @@ class Target(eqx.Module):
 
     def observed_data(self) -> dict[str, Array]:
         """Values of the observed sites."""
-        recorded = trace(seed(_UseReference(self._prepared()), jax.random.key(0))).get_trace(*self.args, **self.kwargs)
+        model = substitute(seed(self._prepared(), jax.random.key(0)), substitute_fn=init_to_uniform)
+        recorded = trace(model).get_trace(*self.args, **self.kwargs)
         return {name: recorded[name]["value"] for name in self.spec.observed}
 
     def unravel(self, z: Array) -> dict[str, Array]:
