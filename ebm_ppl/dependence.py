@@ -17,9 +17,7 @@ Names = frozenset[str]
 _LOOPS = {"scan", "while", "cond"}
 
 
-def dependencies(
-    function: Callable[[Any, Any], Mapping[str, Any]], inputs: Mapping[str, Any], *args: Any
-) -> dict[str, Names]:
+def dependencies(function: Callable[..., Mapping[str, Any]], inputs: Mapping[str, Any], *args: Any) -> dict[str, Names]:
     """For each output of `function(inputs, *args)`, the names of the inputs that it depends on.
 
     Args:

@@ -64,7 +64,7 @@ def energy_factor(
         raise EnergyError(f"energy_factor '{name}' has role {role!r}; it is either 'prior' or 'loss'.")
     source = f"energy_factor '{name}'"
     check_inverse_temperature(beta, source)
-    log_factor = -beta * as_energy_values(energy, jnp.shape(energy), source)
+    log_factor = -jnp.asarray(beta) * as_energy_values(energy, jnp.shape(energy), source)
     _check_plates(jnp.shape(log_factor), source)
     factor = dist.Unit(log_factor)
     numpyro.sample(name, factor, obs=factor.sample(None), infer={"is_auxiliary": True, ROLE_KEY: role})
@@ -152,7 +152,7 @@ class EnergyDistribution(dist.Distribution):
         self.ignores_partition = isinstance(log_partition, str)
         if self.ignores_partition and log_partition != "ignore":
             raise EnergyError(f"log_partition is an array, None or 'ignore'; got {log_partition!r}.")
-        self.log_partition = None if self.ignores_partition else log_partition
+        self.log_partition: Any = None if self.ignores_partition else log_partition
         self.beta = beta
         self._energy_arrays, static = eqx.partition(energy, eqx.is_array)
         self._energy_static = _Static(static)
@@ -175,7 +175,7 @@ class EnergyDistribution(dist.Distribution):
         return self.log_partition is not None
 
     @property
-    def support(self) -> dist.constraints.Constraint:
+    def support(self) -> Any:
         return self.base.support
 
     @property
@@ -198,10 +198,10 @@ class EnergyDistribution(dist.Distribution):
         for axis in reversed(range(len(lead))):
             one = jax.vmap(one, (0 if axis in stacked else None, 0))
         energies = self.beta * one(self._energy_arrays, value)
-        return energies + self.log_partition if self.is_normalized else energies
+        return jnp.asarray(energies + self.log_partition if self.is_normalized else energies)
 
     def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:
-        return self.base.log_prob(value) - self.tilt(value)
+        return jnp.asarray(self.base.log_prob(value)) - self.tilt(value)
 
     def expand(self, batch_shape) -> EnergyDistribution:
         # Keeping the energy outermost lets a plate be split into reference and energy without unwrapping.
@@ -215,7 +215,7 @@ class EnergyDistribution(dist.Distribution):
         )
 
 
-@promote_batch_shape.register
+@promote_batch_shape.register  # pyright: ignore
 def _promote_batch_shape(fn: EnergyDistribution) -> EnergyDistribution:
     """NumPyro's scan stacks all leaves of a distribution along new axes on the left of its batch."""
     promoted = copy.copy(fn)
@@ -263,7 +263,7 @@ def reference_of(fn: dist.Distribution) -> dist.Distribution:
     )
 
 
-def tilt_of(fn: dist.Distribution, value: Array) -> Array | float:
+def tilt_of(fn: Any, value: Array) -> Any:
     """The energy of a value relative to `reference_of(fn)`: `log reference(x) - log p(x)` in the shape of log_prob."""
     if isinstance(fn, EnergyDistribution):
         return fn.tilt(value)
@@ -277,9 +277,9 @@ def tilt_of(fn: dist.Distribution, value: Array) -> Array | float:
     return tilt
 
 
-def _rewrap(fn: dist.Distribution, base: dist.Distribution) -> dist.Distribution:
+def _rewrap(fn: Any, base: dist.Distribution) -> dist.Distribution:
     if isinstance(fn, dist.Independent):
         return base.to_event(fn.reinterpreted_batch_ndims)
     if isinstance(fn, dist.MaskedDistribution):
-        return base.mask(fn._mask)
+        return dist.MaskedDistribution(base, fn._mask)
     return base.expand(fn.batch_shape)

@@ -18,6 +18,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -75,7 +76,7 @@ class ScaledEnergy(Energy):
         check_inverse_temperature(self.factor, "ScaledEnergy")
 
     def __call__(self, x: Array) -> Array:
-        return self.factor * self.term(x)
+        return jnp.asarray(self.factor) * self.term(x)
 
 
 class QuadraticEnergy(Energy):

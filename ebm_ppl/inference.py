@@ -24,7 +24,7 @@ from ebm_ppl.mcmc import ChainState
 from ebm_ppl.probe import check_tails
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, predictive_model
-from ebm_ppl.typing import Draws, EnergyError, EnergyWarning, LogZ, PRNGKey
+from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, LogZ, PRNGKey
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -149,7 +149,7 @@ def read_log_z(data: xr.DataTree) -> LogZ:
     if "log_z" not in data.children:
         raise EnergyError("This result has no group 'log_z': only SMC estimates it while it samples.")
     estimates = {str(name): np.asarray(value) for name, value in data["log_z"].data_vars.items()}
-    draws = Draws(jnp.empty(0), {}, dict(data.attrs), log_z=estimates)
+    draws = Draws(jnp.empty(0), {}, {str(name): value for name, value in data.attrs.items()}, log_z=estimates)
     return _summarise(draws, data.attrs.get("data_id"))
 
 
@@ -227,12 +227,17 @@ def prior_predictive(
         sampler = SMC(num_particles=num_samples) if sampler is None else sampler
         draws = smc.run(key_draw, prior, sampler, num_runs=1, progress_bar=False)
     else:
-        z = eqx.filter_jit(jax.vmap(prior.sample_reference))(jax.random.split(key_draw, num_samples))
+        z = _reference_draws(prior, jax.random.split(key_draw, num_samples))
         draws = Draws(z[None], {}, {"inference_library": "ebm_ppl", "sampler": "exact"})
     tree = to_datatree(prior, draws, group="prior", coords=coords, dims=dims)
     predicted = _predict(key_predict, target, tree["prior"])
     tree.update(from_groups(target, {"prior_predictive": predicted}, coords=coords, dims=dims))
     return tree
+
+
+@eqx.filter_jit
+def _reference_draws(target: Target, keys: Array) -> Array:
+    return jax.vmap(target.sample_reference)(keys)
 
 
 def posterior_predictive(

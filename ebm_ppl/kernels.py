@@ -27,7 +27,9 @@ from ebm_ppl.scale import Scale
 from ebm_ppl.typing import Array, PRNGKey
 
 LogDensity = Callable[[Array], Array]
-Stats = dict[str, Array]
+State = Any
+"""A state of BlackJAX: `position`, `logdensity`, `logdensity_grad`; its own annotations are wider than arrays."""
+Stats = dict[str, Any]
 Metric = Literal["diag", "dense", "low_rank", "auto"]
 MAX_LEAPFROGS = 1024
 
@@ -42,8 +44,8 @@ class Tuning(NamedTuple):
 class Kernel(NamedTuple):
     """A Markov kernel on one chain; see the module docstring."""
 
-    init: Callable[[Array, LogDensity], Any]
-    step: Callable[[PRNGKey, Any, LogDensity, Tuning, Array], tuple[Any, Stats]]
+    init: Callable[..., State]
+    step: Callable[[PRNGKey, State, LogDensity, Any, Array], tuple[State, Stats]]
     length: Callable[[PRNGKey, Tuning, int], Array] = lambda key, tuning, dim: jnp.ones((), int)
 
 
@@ -67,11 +69,11 @@ class NUTS:
     name = "NUTS"
 
     def kernel(self) -> Kernel:
-        blackjax_kernel = nuts.build_kernel()
+        blackjax_kernel: Callable = nuts.build_kernel()
 
         def step(
-            key: PRNGKey, state: HMCState, log_density: LogDensity, step_size: Array, num_steps: Array
-        ) -> tuple[HMCState, Stats]:
+            key: PRNGKey, state: State, log_density: LogDensity, step_size: Array, num_steps: Array
+        ) -> tuple[State, Stats]:
             unit = jnp.ones_like(state.position)
             state, info = blackjax_kernel(key, state, log_density, step_size, unit, self.max_tree_depth)
             ends = info.trajectory_leftmost_state.logdensity, info.trajectory_rightmost_state.logdensity
@@ -83,6 +85,7 @@ class NUTS:
                 "tree_depth": info.num_trajectory_expansions,
                 "reached_max_treedepth": info.num_trajectory_expansions >= self.max_tree_depth,
                 "nan_energy": jnp.isnan(ends[0]) | jnp.isnan(ends[1]),
+                "infinite_density": (ends[0] == jnp.inf) | (ends[1] == jnp.inf),
             }
 
         return Kernel(hmc_state, _whitened(step))
@@ -174,14 +177,14 @@ class MCLMC:
 class MCLMCTuning(NamedTuple):
     """What BlackJAX's tuner of the unadjusted kernel learns, on each chain."""
 
-    step_size: Array
-    inverse_mass_matrix: Array
-    decoherence_length: Array
+    step_size: Any
+    inverse_mass_matrix: Any
+    decoherence_length: Any
 
 
 def unadjusted_mclmc() -> Kernel:
     """The unadjusted kernel; its states, which carry a momentum, come from `tune_unadjusted_mclmc`."""
-    blackjax_kernel = mclmc.build_kernel(desired_energy_var_max_ratio=1e6)
+    blackjax_kernel: Callable = mclmc.build_kernel(desired_energy_var_max_ratio=1e6)
 
     def step(
         key: PRNGKey, state: Any, log_density: LogDensity, tuning: MCLMCTuning, num_steps: Array
@@ -195,6 +198,7 @@ def unadjusted_mclmc() -> Kernel:
             "energy": -info.logdensity,
             "n_steps": num_steps,
             "nan_energy": ~info.nonans,
+            "infinite_density": info.logdensity == jnp.inf,
         }
 
     return Kernel(mclmc.init, step)
@@ -218,7 +222,7 @@ def tune_unadjusted_mclmc(
     return state, MCLMCTuning(params.step_size, params.inverse_mass_matrix, params.L)
 
 
-def hmc_state(position: Array, log_density: LogDensity) -> HMCState:
+def hmc_state(position: Array, log_density: LogDensity) -> State:
     """State of every adjusted kernel at a position: log density and gradient."""
     return hmc.init(position, log_density)
 
@@ -227,8 +231,8 @@ def _whitened(step: Callable) -> Callable:
     """A step in coordinates x, `z = origin + L x`, as a step of z; the state keeps its gradient with respect to z."""
 
     def whitened_step(
-        key: PRNGKey, state: HMCState, log_density: LogDensity, tuning: Tuning, num_steps: Array
-    ) -> tuple[HMCState, Stats]:
+        key: PRNGKey, state: State, log_density: LogDensity, tuning: Tuning, num_steps: Array
+    ) -> tuple[State, Stats]:
         origin, scale = state.position, tuning.scale
 
         def whitened_density(x: Array) -> Array:
@@ -244,11 +248,11 @@ def _whitened(step: Callable) -> Callable:
     return whitened_step
 
 
-def _hmc_call(kernel: Callable, key: PRNGKey, state: HMCState, density: LogDensity, step_size: Array, steps: Array):
+def _hmc_call(kernel: Callable, key: PRNGKey, state: State, density: LogDensity, step_size: Array, steps: Array):
     return kernel(key, state, density, step_size, jnp.ones_like(state.position), steps)
 
 
-def _mclmc_call(kernel: Callable, key: PRNGKey, state: HMCState, density: LogDensity, step_size: Array, steps: Array):
+def _mclmc_call(kernel: Callable, key: PRNGKey, state: State, density: LogDensity, step_size: Array, steps: Array):
     return kernel(key, state, density, step_size, (steps,))
 
 
@@ -267,8 +271,8 @@ def _end_point_step(blackjax_kernel: Callable, call: Callable) -> Callable:
     """A step of one proposal at the end of a trajectory of given length."""
 
     def step(
-        key: PRNGKey, state: HMCState, log_density: LogDensity, step_size: Array, num_steps: Array
-    ) -> tuple[HMCState, Stats]:
+        key: PRNGKey, state: State, log_density: LogDensity, step_size: Array, num_steps: Array
+    ) -> tuple[State, Stats]:
         state, info = call(blackjax_kernel, key, state, log_density, step_size, num_steps)
         return state, {
             "acceptance_rate": info.acceptance_rate,
@@ -276,6 +280,7 @@ def _end_point_step(blackjax_kernel: Callable, call: Callable) -> Callable:
             "energy": info.energy,
             "n_steps": num_steps,
             "nan_energy": jnp.isnan(info.proposal.logdensity),
+            "infinite_density": info.proposal.logdensity == jnp.inf,
         }
 
     return step

@@ -29,8 +29,6 @@ from ebm_ppl.warmup import FROZEN, Warmup, schedule, window_warmup
 Sampler = NUTS | HMC | MALA | MCLMC
 START_TRIES = 100
 START_RADIUS = 2.0
-QUICK = {"xla_backend_optimization_level": 0}
-"""Compiler options for what runs once: compiling fast matters more than running fast."""
 
 
 class ChainState(NamedTuple):
@@ -63,9 +61,8 @@ def run(
     target.require_tractable()
     if target.dim == 0:
         raise ValueError("The model has no continuous latent site to sample.")
-    warmup = _warmup(sampler, target.dim, num_warmup)
     if state is None:
-        state = _start(key, target, sampler, warmup, num_chains, num_warmup, init)
+        state = _start(key, target, sampler, num_chains, num_warmup, init)
     else:
         num_warmup = 0
     warmup_steps = 0 if _is_unadjusted(sampler) else num_warmup
@@ -73,7 +70,7 @@ def run(
     records = []
     with _progress(sampler.name, len(phases), progress_bar) as bar:
         for chunk in _chunks(warmup_steps, num_samples * thin):
-            state, record = _advance(target, sampler, num_warmup, state, jnp.asarray(phases[chunk]))
+            state, record = _advance(target, sampler, state, jnp.asarray(phases[chunk]))
             if chunk.start >= warmup_steps:
                 records.append(jax.device_get(record))
                 _check_finite(records[-1])
@@ -102,27 +99,25 @@ def _kernel(sampler: Sampler) -> Kernel:
     return kernels.unadjusted_mclmc() if _is_unadjusted(sampler) else sampler.kernel()
 
 
-def _warmup(sampler: Sampler, dim: int, num_warmup: int) -> Warmup:
-    return window_warmup(sampler.target_accept, sampler.metric, dim, num_warmup)
+def _warmup(sampler: Sampler, dim: int) -> Warmup:
+    return window_warmup(sampler.target_accept, sampler.metric, dim)
 
 
 def _start(
     key: PRNGKey,
     target: Target,
     sampler: Sampler,
-    warmup: Warmup,
     num_chains: int,
     num_warmup: int,
     init: str | dict[str, Any],
 ) -> ChainState:
+    start: Any = None
     if isinstance(init, dict):
         start = _given_point(target, init)
     elif init == "reference":
         target.require_reference()
         start = target.sample_reference
-    elif init == "uniform":
-        start = None
-    else:
+    elif init != "uniform":
         raise EnergyError(f"init is 'uniform', 'reference' or a dictionary of values by site; got {init!r}.")
     state, finite = _first_finite(key, target, sampler, num_chains, num_warmup, start)
     if not bool(jnp.all(finite)):
@@ -134,6 +129,12 @@ def _start(
     return state
 
 
+def _jit_quickly(function: Callable) -> Callable:
+    """Compiles without optimisation: for what runs once, compiling fast matters more than running fast."""
+    options = {"xla_backend_optimization_level": 0}
+    return eqx.filter_jit(function, compiler_options=options)  # pyright: ignore[reportCallIssue]
+
+
 def _given_point(target: Target, values: dict[str, Any]) -> Array:
     missing = [name for name in target.latent_names if name not in values]
     if missing:
@@ -141,21 +142,21 @@ def _given_point(target: Target, values: dict[str, Any]) -> Array:
     return target.unconstrain(values)
 
 
-@functools.partial(eqx.filter_jit, compiler_options=QUICK)
+@_jit_quickly
 def _first_finite(
     key: PRNGKey,
     target: Target,
     sampler: Sampler,
     num_chains: int,
     num_warmup: int,
-    start: Array | Callable | None,
+    start: Any,
 ) -> tuple[ChainState, Array]:
     """States of all chains at points where log density and gradient are finite, after a bounded number of tries.
 
     The points are uniform on (-2, 2) in unconstrained space, draws of the reference, or the one given.
     """
 
-    def propose(key: PRNGKey) -> Array:
+    def propose(key: PRNGKey) -> Any:
         if start is None:
             return jax.random.uniform(key, (target.dim,), minval=-START_RADIUS, maxval=START_RADIUS)
         return start(key) if callable(start) else start
@@ -183,10 +184,10 @@ def _first_finite(
         keys = jax.random.split(key_tune, num_chains)
         states, learned = jax.vmap(lambda key, z: tune(key, z, target.log_density))(keys, states.position)
     else:
-        learned = _warmup(sampler, target.dim, num_warmup).init(target.dim)
+        learned = _warmup(sampler, target.dim).init(target.dim)
     # Weak types in the first state would cost a second compilation.
-    strong = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), (states, learned))
-    return ChainState(*strong, jax.random.split(key_chains, num_chains), jnp.zeros((), int)), finite
+    state = ChainState(states, learned, jax.random.split(key_chains, num_chains), jnp.zeros((), int))
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state), finite
 
 
 def _explain(target: Target, z: Array) -> str:
@@ -208,11 +209,11 @@ def _explain(target: Target, z: Array) -> str:
 
 @eqx.filter_jit
 def _advance(
-    target: Target, sampler: Sampler, num_warmup: int, state: ChainState, phases: Array
+    target: Target, sampler: Sampler, state: ChainState, phases: Array
 ) -> tuple[ChainState, tuple[Array, dict[str, Array]]]:
     """All chains through one chunk of steps; the record has a leading step axis."""
     kernel = _kernel(sampler)
-    warmup = _warmup(sampler, target.dim, num_warmup)
+    warmup = _warmup(sampler, target.dim)
     per_chain = _is_unadjusted(sampler)
 
     def step(state: ChainState, phase: Array) -> tuple[ChainState, tuple[Array, dict[str, Array]]]:
@@ -248,12 +249,13 @@ def _chunk_length(num_warmup: int, num_samples: int) -> int:
 
 
 def _check_finite(record: tuple[np.ndarray, dict[str, np.ndarray]]) -> None:
+    """Raises where a chain or one of its proposals met infinite density; the record keeps no trace of the check."""
     z, stats = record
-    infinite = np.argwhere(stats["lp"] == np.inf)
+    infinite = np.argwhere((stats["lp"] == np.inf) | stats.pop("infinite_density"))
     if infinite.size:
         step, chain = infinite[0]
         raise NonFiniteEnergyError(
-            f"The log density is +inf (an energy of -inf, infinite density) at the unconstrained point "
+            "The log density is +inf (an energy of -inf, infinite density) at or near the unconstrained point "
             f"{z[step, chain].tolist()}: a chain never leaves such a point. Bound the energy from below."
         )
 

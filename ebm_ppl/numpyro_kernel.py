@@ -148,7 +148,7 @@ class NumPyroKernel(MCMCKernel):
         return Target(self.model, model_args, model_kwargs or {}, prototype.constants, prototype.spec)
 
     def _warmup(self, dim: int):
-        return window_warmup(self.sampler.target_accept, self.sampler.metric, dim, self._num_warmup)
+        return window_warmup(self.sampler.target_accept, self.sampler.metric, dim)
 
     def _init_one(self, key: PRNGKey, z: dict[str, Array], args: tuple, kwargs: dict[str, Any]) -> KernelState:
         at = self._target(args, kwargs)
@@ -177,7 +177,7 @@ class NumPyroKernel(MCMCKernel):
         key, key_length, key_step = jax.random.split(state.rng_key, 3)
         learned = state.adapt_state.warmup
         tuning = warmup.tuning(learned, phase)
-        chain = HMCState(at.ravel(state.z), -state.potential_energy, at.ravel(state.z_grad))
+        chain: Any = HMCState(at.ravel(state.z), -state.potential_energy, at.ravel(state.z_grad))  # pyright: ignore
         num_steps = kernel.length(key_length, tuning, at.dim)
         chain, stats = kernel.step(key_step, chain, at.log_density, tuning, num_steps)
         learned = warmup.update(

@@ -97,7 +97,8 @@ def plot_energies(data: xr.DataTree, prior: xr.DataTree | None = None) -> Figure
         if name in before:
             shown.insert(0, ("prior", before[name].values.ravel()))
         everything = np.concatenate([values[np.isfinite(values)] for _, values in shown])
-        bins = np.linspace(*np.quantile(everything, [0.002, 0.998]), 50)
+        low, high = np.quantile(everything, [0.002, 0.998])
+        bins = np.linspace(low, high, 50)
         for label, values in shown:
             axis.hist(values[np.isfinite(values)], bins=bins, density=True, alpha=0.6, label=label)
         axis.set_xlabel(f"energy of '{name.removeprefix(_PREFIX)}' (nats)")

@@ -35,20 +35,17 @@ from jax.scipy.special import logsumexp
 
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, Tuning
 from ebm_ppl.scale import DenseScale
+from ebm_ppl.stages import PHASES, SMALLEST_STEP, StageInfo, as_path, check, phase_estimates
 from ebm_ppl.target import Target
 from ebm_ppl.typing import (
     Array,
-    DegenerateParticlesError,
     Draws,
     EnergyError,
-    NonFiniteEnergyError,
     PRNGKey,
-    TemperingStalledError,
 )
 
 FAIR_ACCEPTANCE = 0.3
 MAX_MOVES_FACTOR = 5
-SMALLEST_STEP = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,24 +108,6 @@ class Cloud(NamedTuple):
     """Relative variance of this phase's part of Z, once it is done."""
 
 
-class StageInfo(NamedTuple):
-    """Diagnostics of one stage of one run."""
-
-    beta: Array
-    ess: Array
-    accept_rate: Array
-    log_z_increment: Array
-    log_z: Array
-    log_z_std_error: Array
-    mean_energy: Array
-    step_size: Array
-    temperature_step: Array
-    num_evaluations: Array
-    num_nan: Array
-    num_zero: Array
-    num_infinite: Array
-
-
 def run(key: PRNGKey, target: Target, sampler: SMC, *, num_runs: int = 1, progress_bar: bool = True) -> Draws:
     """Independent runs of SMC; `log_z` of the result holds value and standard error of each phase and run.
 
@@ -148,9 +127,9 @@ def run(key: PRNGKey, target: Target, sampler: SMC, *, num_runs: int = 1, progre
         clouds, passed = _run_phase(
             keys, tempered, sampler, phase, _enter(tempered, phase, clouds), len(infos), progress_bar
         )
-        log_z |= _estimates(phase, passed, clouds.z.dtype)
+        log_z |= phase_estimates(phase, passed, clouds.z.dtype)
         infos += passed
-    path = _as_path(infos, num_runs)
+    path = as_path(infos, num_runs)
     path["role"] = np.array([PHASES.index(phase) for phase, _ in infos], dtype=np.int8)
     attrs = {
         "inference_library": "ebm_ppl",
@@ -163,21 +142,6 @@ def run(key: PRNGKey, target: Target, sampler: SMC, *, num_runs: int = 1, progre
     }
     particles = {"z": clouds.weighted, "log_weight": clouds.log_weight}
     return Draws(clouds.z, {}, attrs, particles=particles, stages=path, log_z=log_z)
-
-
-PHASES = ("prior", "data")
-
-
-def _estimates(phase: str, infos: list[tuple[str, StageInfo]], dtype: Any) -> dict[str, np.ndarray]:
-    """Value and standard error of a phase's log Z for each run; what rounding of the energies adds is included."""
-    path = _as_path(infos, 0)
-    last = np.isfinite(path["beta"]).sum(axis=1) - 1
-    final = {name: np.take_along_axis(path[name], last[:, None], axis=1)[:, 0] for name in StageInfo._fields}
-    rounding = np.finfo(dtype).eps * np.abs(final["mean_energy"])
-    return {
-        f"{phase}_value": np.nansum(path["log_z_increment"].astype(float), axis=1),
-        f"{phase}_std_error": np.hypot(final["log_z_std_error"], rounding),
-    }
 
 
 @eqx.filter_jit
@@ -222,7 +186,7 @@ def _run_phase(
             stage = first + len(infos) + 1
             clouds, info = _stage(keys, target, sampler, phase, clouds, jnp.asarray(stage))
             info = jax.device_get(info)
-            _check(info, phase, len(infos) + 1, sampler)
+            check(info, phase, len(infos) + 1, sampler.num_particles, sampler.max_stages)
             infos.append((phase, info))
             beta = np.asarray(clouds.beta)
             bar.n = round(float(beta.min()), 4)
@@ -384,35 +348,3 @@ def _move(key: PRNGKey, z: Array, log_density: Any, sampler: SMC, step_size: Arr
     states = jax.vmap(jax.vmap(lambda z: kernel.init(z, log_density)))(z)
     count = jnp.zeros((), int)
     return jax.lax.while_loop(again, once, Moved(states, step_size, count, jnp.zeros((), z.dtype), count, count))
-
-
-def _check(info: StageInfo, phase: str, stage: int, sampler: SMC) -> None:
-    """Errors about the numbers of a stage, on the host."""
-    where = f"stage {stage} of the {phase} phase"
-    if np.nansum(info.num_infinite) > 0:
-        raise NonFiniteEnergyError(
-            f"An energy is -inf (infinite density) for {int(np.nansum(info.num_infinite))} particles at {where}: "
-            "bound the energy from below."
-        )
-    if np.any(info.num_zero >= sampler.num_particles):
-        raise DegenerateParticlesError(
-            f"All {sampler.num_particles} particles have zero mass (an energy of +inf or NaN) at {where}: no draw of "
-            "the reference satisfies the model. Check the observed values against their supports, soften a hard "
-            "constraint, or use more particles."
-        )
-    stalled = info.temperature_step < SMALLEST_STEP
-    if np.any(stalled) or stage >= sampler.max_stages:
-        raise TemperingStalledError(
-            f"Tempering stalled at {where}: inverse temperature {np.nanmin(info.beta):.3e}, step "
-            f"{np.nanmin(info.temperature_step):.1e}, effective particles {np.nanmin(info.ess):.1f} of "
-            f"{sampler.num_particles}, acceptance {np.nanmin(info.accept_rate):.2f}. The energies of the particles "
-            "spread too far for this reference: use a reference nearer to the posterior, or more particles."
-        )
-
-
-def _as_path(stages: list[tuple[str, StageInfo]], num_runs: int) -> dict[str, np.ndarray]:
-    """Diagnostics as (chain, stage) arrays."""
-    fields = StageInfo._fields
-    if not stages:
-        return {field: np.empty((num_runs, 0)) for field in fields}
-    return {field: np.stack([getattr(info, field) for _, info in stages], axis=1) for field in fields}

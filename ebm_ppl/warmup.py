@@ -32,6 +32,8 @@ from ebm_ppl.typing import Array
 FAST, SLOW, WINDOW_END, FROZEN = range(4)
 MOST_DENSE = 300
 MAX_RANK = 20
+BUFFER = 512
+"""Draws that the low-rank metric is learned from."""
 KEEP = (0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
 """Candidates for the share of the correlations that a dense metric keeps."""
 
@@ -69,10 +71,10 @@ def schedule(num_warmup: int) -> np.ndarray:
     return stages[:, 0] + stages[:, 1]
 
 
-def window_warmup(target_accept: float, metric: Metric, dim: int, num_warmup: int) -> Warmup:
+def window_warmup(target_accept: float, metric: Metric, dim: int) -> Warmup:
     """Stan's warm-up in windows, pooled over chains; see the module docstring."""
     da_init, da_update, da_final = dual_averaging_adaptation(target_accept)
-    estimator = _estimator(metric, dim, num_warmup)
+    estimator = _estimator(metric, dim)
 
     def init(dim: int) -> WarmupState:
         return WarmupState(jax.tree.map(jnp.asarray, da_init(1.0)), *estimator.init(dim))
@@ -99,12 +101,12 @@ def window_warmup(target_accept: float, metric: Metric, dim: int, num_warmup: in
     return Warmup(init, update, tuning)
 
 
-def _estimator(metric: Metric, dim: int, num_warmup: int) -> Estimator:
+def _estimator(metric: Metric, dim: int) -> Estimator:
     if metric == "diag":
         return _diagonal()
     if metric == "dense" or (metric == "auto" and dim <= MOST_DENSE):
         return _dense()
-    return _low_rank(num_warmup)
+    return _low_rank()
 
 
 def _diagonal() -> Estimator:
@@ -117,10 +119,10 @@ def _diagonal() -> Estimator:
     return Estimator(lambda dim: (core.init(dim), DiagonalScale(jnp.ones(dim))), _add_all(core.update), close)
 
 
-def _low_rank(num_warmup: int) -> Estimator:
-    """BlackJAX's Fisher-divergence metric, whose buffer holds the pooled draws of the latest window."""
+def _low_rank() -> Estimator:
+    """BlackJAX's Fisher-divergence metric, from the latest pooled draws of a window."""
     recipe = dataclasses.replace(lookup_recipe("fisher_low_rank"), max_rank=MAX_RANK)
-    core = recipe.build_core(buffer_size=max(4 * num_warmup // 2, 128))
+    core = recipe.build_core(buffer_size=BUFFER)
 
     def scale(state: Any) -> Scale:
         sigma, directions, eigenvalues = state.inverse_mass_matrix

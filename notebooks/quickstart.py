@@ -65,8 +65,9 @@ print(f"{len(counties)} counties, {len(pairs)} pairs of neighbours, {deaths.sum(
 # %% [markdown]
 # ## The model
 #
-# $$ y_i \sim \mathrm{Poisson}\big(E_i\, e^{a + b x_i + \phi_i}\big), \qquad
-#    p(\phi \mid \tau) = \frac{1}{Z(\tau)}\, N(\phi; 0, I)\, \exp\Big(-\frac{\tau}{2} \sum_{i \sim j} (\phi_i - \phi_j)^2\Big). $$
+# $$ y_i \sim \mathrm{Poisson}\big(E_i\, e^{a + b x_i + \phi_i}\big), $$
+# $$ p(\phi \mid \tau) = \frac{1}{Z(\tau)}\, N(\phi; 0, I)\,
+#    \exp\Big(-\frac{\tau}{2} \sum_{i \sim j} (\phi_i - \phi_j)^2\Big). $$
 #
 # The energy sees one vector `phi` and returns one number. The base, independent unit normals, keeps it proper.
 
@@ -146,8 +147,9 @@ toy_data = rng.choice([-1.0, 1.0], 200) * (rng.gamma(0.25, 1 / 2.0, 200)) ** 0.2
 def toy(y, log_partition):
     theta = numpyro.sample("theta", dist.HalfNormal(5))
     log_z = -0.25 * jnp.log(theta) if log_partition else "ignore"
+    quartic = ebm.EnergyDistribution(lambda v: v**4, dist.Uniform(-5, 5), beta=theta, log_partition=log_z)
     with numpyro.plate("draws", len(y)):
-        numpyro.sample("y", ebm.EnergyDistribution(lambda v: v**4, dist.Uniform(-5, 5), beta=theta, log_partition=log_z), obs=y)
+        numpyro.sample("y", quartic, obs=y)
 
 
 for known in (False, True):
@@ -167,10 +169,9 @@ weighed = ebm.sample(
 )
 log_z_spatial = ebm.read_log_z(weighed)
 print(f"log evidence, smooth county effects: {log_z_spatial}")
-table = [("NUTS", posterior), ("SMC", weighed)]
-for name, result in table:
-    draws = result["posterior"]
-    print(f"{name}: " + ", ".join(f"{v} {float(draws[v].mean()):.3f} ({float(draws[v].std()):.3f})" for v in ("tau", "a", "b")))
+for name, result in (("NUTS", posterior), ("SMC", weighed)):
+    log_tau, b = np.log(result["posterior"]["tau"].values), result["posterior"]["b"].values
+    print(f"{name}: log tau {log_tau.mean():.3f} ({log_tau.std():.3f}), b {b.mean():.3f} ({b.std():.3f})")
 
 # %%
 ebm.plot_smc(weighed).savefig(OUT / "smc.png", dpi=110)
@@ -180,7 +181,7 @@ ebm.plot_smc(weighed).savefig(OUT / "smc.png", dpi=110)
 #
 # - **independent**: county effects with no energy, `phi ~ N(0, I)`.
 # - **shrunk**: county effects as small as the data wants, but deaf to neighbours: the energy is
-#   `tau/2 * sum phi_i^2`, and `log Z(tau) = -50 log(1 + tau)`. This one is the fair rival: it, too, can make the effects
+#   `tau/2 * sum phi_i^2`, and `log Z(tau) = -50 log(1 + tau)`. This is the fair rival: it, too, can make the effects
 #   small, so what remains in favour of `spatial` is the neighbourhood.
 
 
@@ -239,9 +240,10 @@ figure.savefig(OUT / "map.png", dpi=110)
 # %%
 figure, axis = plt.subplots(figsize=(5.5, 3), layout="constrained")
 bins = np.geomspace(1e-3, 60, 60)
-for result, label in ((forgotten, "Z(tau) forgotten"), (posterior, "Z(tau) given, NUTS"), (weighed, "Z(tau) given, SMC")):
-    axis.hist(result["posterior"]["tau"].values.ravel(), bins, density=False, alpha=0.55, label=label,
-              weights=np.full(result["posterior"]["tau"].size, 1 / result["posterior"]["tau"].size))
+shown = ((forgotten, "Z(tau) forgotten"), (posterior, "Z(tau) given, NUTS"), (weighed, "Z(tau) given, SMC"))
+for result, label in shown:
+    tau = result["posterior"]["tau"].values.ravel()
+    axis.hist(tau, bins, weights=np.full(tau.size, 1 / tau.size), alpha=0.55, label=label)
 axis.set_xscale("log")
 axis.set_xlabel("tau, strength of the smoothness")
 axis.set_yticks([])

@@ -1,0 +1,80 @@
+"""The record of an SMC run, on the host: its path, its errors, and log Z of each phase.
+
+StageInfo          diagnostics of one stage
+check              errors about the numbers of a stage, naming it
+as_path            diagnostics as (run, stage) arrays
+phase_estimates    value and standard error of a phase's log Z for each run
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ebm_ppl.typing import Array, DegenerateParticlesError, NonFiniteEnergyError, TemperingStalledError
+
+PHASES = ("prior", "data")
+SMALLEST_STEP = 1e-8
+
+
+class StageInfo(NamedTuple):
+    """Diagnostics of one stage of one run."""
+
+    beta: Array
+    ess: Array
+    accept_rate: Array
+    log_z_increment: Array
+    log_z: Array
+    log_z_std_error: Array
+    mean_energy: Array
+    step_size: Array
+    temperature_step: Array
+    num_evaluations: Array
+    num_nan: Array
+    num_zero: Array
+    num_infinite: Array
+
+
+def check(info: StageInfo, phase: str, stage: int, num_particles: int, max_stages: int) -> None:
+    """Errors about the numbers of a stage, on the host."""
+    where = f"stage {stage} of the {phase} phase"
+    if np.nansum(info.num_infinite) > 0:
+        raise NonFiniteEnergyError(
+            f"An energy is -inf (infinite density) for {int(np.nansum(info.num_infinite))} particles at {where}: "
+            "bound the energy from below."
+        )
+    if np.any(info.num_zero >= num_particles):
+        raise DegenerateParticlesError(
+            f"All {num_particles} particles have zero mass (an energy of +inf or NaN) at {where}: no draw of "
+            "the reference satisfies the model. Check the observed values against their supports, soften a hard "
+            "constraint, or use more particles."
+        )
+    stalled = info.temperature_step < SMALLEST_STEP
+    if np.any(stalled) or stage >= max_stages:
+        raise TemperingStalledError(
+            f"Tempering stalled at {where}: inverse temperature {np.nanmin(info.beta):.3e}, step "
+            f"{np.nanmin(info.temperature_step):.1e}, effective particles {np.nanmin(info.ess):.1f} of "
+            f"{num_particles}, acceptance {np.nanmin(info.accept_rate):.2f}. The energies of the particles "
+            "spread too far for this reference: use a reference nearer to the posterior, or more particles."
+        )
+
+
+def as_path(stages: list[tuple[str, StageInfo]], num_runs: int) -> dict[str, np.ndarray]:
+    """Diagnostics as (chain, stage) arrays."""
+    fields = StageInfo._fields
+    if not stages:
+        return {field: np.empty((num_runs, 0)) for field in fields}
+    return {field: np.stack([getattr(info, field) for _, info in stages], axis=1) for field in fields}
+
+
+def phase_estimates(phase: str, infos: list[tuple[str, StageInfo]], dtype: Any) -> dict[str, np.ndarray]:
+    """Value and standard error of a phase's log Z for each run; what rounding of the energies adds is included."""
+    path = as_path(infos, 0)
+    last = np.isfinite(path["beta"]).sum(axis=1) - 1
+    final = {name: np.take_along_axis(path[name], last[:, None], axis=1)[:, 0] for name in StageInfo._fields}
+    rounding = np.finfo(dtype).eps * np.abs(final["mean_energy"])
+    return {
+        f"{phase}_value": np.nansum(path["log_z_increment"].astype(float), axis=1),
+        f"{phase}_std_error": np.hypot(final["log_z_std_error"], rounding),
+    }

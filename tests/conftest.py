@@ -1,0 +1,35 @@
+"""The suite runs in double precision and without a display; `run_in_float32` starts a fresh process in single."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["MPLBACKEND"] = "Agg"
+
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture(scope="session")
+def run_in_float32():
+    """Runs Python source in a process with JAX's default precision, and returns what it prints."""
+
+    def run(source: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "JAX_ENABLE_X64"}
+        result = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(source)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run

@@ -1,0 +1,260 @@
+"""Breaks the package on purpose, one fault at a time, and shows that the tests see each.
+
+    python tests/mutations.py              all mutations
+    python tests/mutations.py jacobian     those whose name contains a word
+
+Each mutation replaces a string, which must occur exactly once, in a scratch copy of the package and its tests, and runs
+the tests aimed at it there. It is caught where a test fails. The same tests must first pass on an unbroken copy,
+or their failure would say nothing. Exits non-zero if a mutation survives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """A fault: `old` becomes `new` in `ebm_ppl/<file>`; `tests` are pytest's node ids below `tests/`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _moments(sampler: str, problem: str) -> str:
+    return f"test_mcmc.py::test_moments[{sampler}-{problem}]"
+
+
+def _smc(problem: str, test: str = "scores_of_log_z") -> str:
+    return f"test_smc.py::test_{test}[{problem}]"
+
+
+MUTATIONS = (
+    Mutation(
+        "sign of the energy in EnergyDistribution.log_prob",
+        "distribution.py",
+        "return self.base.log_prob(value) - self.tilt(value)",
+        "return self.base.log_prob(value) + self.tilt(value)",
+        ("test_problems.py::test_answer_agrees_with_weighted_draws_of_the_reference[constant_partition]",),
+    ),
+    Mutation(
+        "sign of the energies in the log density",
+        "target.py",
+        "return log_reference - sum(energies.values(), jnp.zeros((), z.dtype))",
+        "return log_reference + sum(energies.values(), jnp.zeros((), z.dtype))",
+        (_moments("NUTS", "double_well"),),
+    ),
+    Mutation(
+        "sign of an observed site's energy",
+        "target.py",
+        'energies[name] = -_scaled_sum(site, site["fn"].log_prob(site["value"]))',
+        'energies[name] = _scaled_sum(site, site["fn"].log_prob(site["value"]))',
+        (_smc("eight_schools"),),
+    ),
+    Mutation(
+        "Jacobian dropped",
+        "target.py",
+        "            elif name in self.spec.jacobians:\n"
+        '                references[name] = _scaled_sum(site, site["fn"].log_prob(site["value"]))\n',
+        "",
+        (_moments("NUTS", "gamma_poisson"),),
+    ),
+    Mutation(
+        "prior energy dropped from the base of the data phase",
+        "smc.py",
+        "(log_reference - prior, data)",
+        "(log_reference, data)",
+        (_smc("three_roles"),),
+    ),
+    Mutation(
+        "a loss counted with the prior",
+        "target.py",
+        'stages[role != "prior"] += energies[name]',
+        'stages[role == "data"] += energies[name]',
+        (_smc("three_roles"),),
+    ),
+    Mutation(
+        "inverse temperature of a factor dropped",
+        "distribution.py",
+        "-beta * as_energy_values(energy, jnp.shape(energy), source)",
+        "-as_energy_values(energy, jnp.shape(energy), source)",
+        (_smc("double_well"),),
+    ),
+    Mutation(
+        "log partition dropped",
+        "distribution.py",
+        "return energies + self.log_partition if self.is_normalized else energies",
+        "return energies",
+        (_smc("quartic", "draws_have_the_moments_of_the_posterior"),),
+    ),
+    Mutation(
+        "-log N missing from the increment",
+        "smc.py",
+        "increment = logsumexp(log_w) - jnp.log(num)",
+        "increment = logsumexp(log_w)",
+        ("test_smc.py::test_constant_energy_is_exact",),
+    ),
+    Mutation(
+        "weights of the whole path instead of the step",
+        "smc.py",
+        "log_w = -step * energy",
+        "log_w = -beta * energy",
+        (_smc("eight_schools"),),
+    ),
+    Mutation(
+        "particles moved without resampling",
+        "smc.py",
+        "start = cloud.z[ancestors]",
+        "start = cloud.z",
+        (_smc("regression"),),
+    ),
+    Mutation(
+        "move leaves the previous temperature's density invariant",
+        "smc.py",
+        "return base - beta * energy",
+        "return base - cloud.beta * energy",
+        (_smc("eight_schools", "draws_have_the_moments_of_the_posterior"),),
+    ),
+    Mutation(
+        "one key for the moves of all particles",
+        "smc.py",
+        "keys = jax.random.split(key_step, z.shape[:2])",
+        "keys = jnp.broadcast_to(key_step, z.shape[:2])",
+        (_smc("eight_schools"),),
+    ),
+    Mutation(
+        "one key for all runs",
+        "smc.py",
+        "keys = jax.random.split(key, num_runs)",
+        "keys = jnp.broadcast_to(key, (num_runs,))",
+        ("test_smc.py::test_runs_are_independent_and_reproducible",),
+    ),
+    Mutation(
+        "variance without the correction for resampling",
+        "smc.py",
+        " - cloud.resampling_noise,",
+        ",",
+        ("test_smc.py::test_error_of_a_single_run_is_calibrated",),
+    ),
+    Mutation(
+        "variance of the last stage alone",
+        "smc.py",
+        ".at[cloud.eve].add(weights)",
+        ".at[jnp.arange(num)].add(weights)",
+        ("test_smc.py::test_error_of_a_single_run_is_calibrated",),
+    ),
+    Mutation(
+        "gradient not whitened",
+        "kernels.py",
+        "scale.pull(state.logdensity_grad))",
+        "state.logdensity_grad)",
+        (_moments("NUTS", "gaussian"),),
+    ),
+    Mutation(
+        "warm-up goes on while sampling",
+        "mcmc.py",
+        "np.full(num_samples * thin, FROZEN)",
+        "np.full(num_samples * thin, FROZEN - 2)",
+        ("test_mcmc.py::test_sample_stats_have_the_names_of_arviz[NUTS]",),
+    ),
+    Mutation(
+        "thinning off by one",
+        "mcmc.py",
+        "return Draws(z[:, thin - 1 :: thin],",
+        "return Draws(z[:, ::thin],",
+        ("test_mcmc.py::test_thinning_keeps_every_third_draw_from_the_third_on",),
+    ),
+    Mutation(
+        "one key for all chains",
+        "mcmc.py",
+        "ChainState(*strong, jax.random.split(key_chains, num_chains),",
+        "ChainState(*strong, jnp.broadcast_to(key_chains, (num_chains,)),",
+        ("test_mcmc.py::test_chains_are_independent_and_reproducible",),
+    ),
+)
+
+
+def _copy(directory: Path) -> None:
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "ebm_ppl", directory / "ebm_ppl", ignore=ignore)
+    shutil.copytree(ROOT / "tests", directory / "tests", ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", directory)
+
+
+def _run(directory: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """Pytest's exit code and output, with the package of that directory."""
+    environment = os.environ | {"PYTHONPATH": str(directory), "PYTHONDONTWRITEBYTECODE": "1"}
+    where = [sys.executable, "-c", "import ebm_ppl; print(ebm_ppl.__file__)"]
+    found = subprocess.run(where, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+    if found.returncode == 0 and not Path(found.stdout.strip()).is_relative_to(directory):
+        raise SystemExit(f"The tests would import {found.stdout.strip()}, not the copy in {directory}.")
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--tb=line", "-m", "slow or not slow"]
+    pytest += ["-p", "no:cacheprovider", *[f"tests/{test}" for test in dict.fromkeys(tests)]]
+    result = subprocess.run(pytest, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+    return result.returncode, result.stdout + result.stderr
+
+
+def _short(test: str) -> str:
+    return (
+        test.replace(".py::test_", ": ")
+        .removeprefix("test_")
+        .replace("_agrees_with_weighted_draws_of_the_reference", "")
+    )
+
+
+def _check_strings(mutations: list[Mutation]) -> None:
+    """Every string is there, and once: otherwise a mutation is out of date, which is an error."""
+    problems = []
+    for mutation in mutations:
+        count = (ROOT / "ebm_ppl" / mutation.file).read_text().count(mutation.old)
+        if count != 1:
+            problems.append(f"{mutation.name}: {mutation.old!r} occurs {count} times in {mutation.file}")
+    if problems:
+        raise SystemExit("Mutations out of date:\n  " + "\n  ".join(problems))
+
+
+def main(words: list[str]) -> int:
+    mutations = [mutation for mutation in MUTATIONS if all(word.lower() in mutation.name.lower() for word in words)]
+    if not mutations:
+        raise SystemExit(f"No mutation's name contains {words}.")
+    _check_strings(mutations)
+    with tempfile.TemporaryDirectory() as scratch:
+        sound = Path(scratch) / "sound"
+        sound.mkdir()
+        _copy(sound)
+        code, output = _run(sound, tuple(test for mutation in mutations for test in mutation.tests))
+        if code != 0:
+            raise SystemExit(f"The aimed tests must pass on the unbroken package first:\n{output[-3000:]}")
+        survived = 0
+        print(f"{'mutation':60s} | {'aimed test':62s} | {'outcome':8s} | seconds", flush=True)
+        for number, mutation in enumerate(mutations):
+            broken = Path(scratch) / f"broken_{number}"
+            shutil.copytree(sound, broken, ignore=shutil.ignore_patterns("__pycache__"))
+            file = broken / "ebm_ppl" / mutation.file
+            file.write_text(file.read_text().replace(mutation.old, mutation.new))
+            start = time.perf_counter()
+            code, output = _run(broken, mutation.tests)
+            seconds = time.perf_counter() - start
+            if code not in (0, 1):  # neither passed nor failed: no test ran
+                raise SystemExit(f"Pytest could not run for {mutation.name!r}:\n{output[-3000:]}")
+            survived += code == 0
+            outcome = "survived" if code == 0 else "caught"
+            print(f"{mutation.name:60s} | {_short(mutation.tests[0]):62s} | {outcome:8s} | {seconds:.0f}", flush=True)
+    print(f"{len(mutations) - survived} of {len(mutations)} caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""Our samplers inside `numpyro.infer.MCMC`: chain methods, Gibbs, ArviZ, and the guard."""
+
+import arviz_base
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from arviz_stats import ess
+from numpyro.infer import MCMC, DiscreteGibbs, Gibbs
+from numpyro.infer.gibbs import discrete_latent_sites
+
+import ebm_ppl as ebm
+
+Y = np.array([1.2, 0.7, 2.1, 1.6])
+
+
+def conjugate(y=None):
+    mu = numpyro.sample("mu", dist.Normal(0, 2))
+    numpyro.deterministic("twice", 2 * mu)
+    with numpyro.plate("data", 4):
+        numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+
+
+PRECISION = 1 / 4 + 4
+MEAN, SD = Y.sum() / PRECISION, PRECISION**-0.5
+
+
+def z_scores(draws, mean, sd):
+    """Of the mean and the variance, with the Monte Carlo error of the effective draws; shape (chain, draw)."""
+    size = float(ess(draws))
+    spread = float(ess((draws - mean) ** 2))
+    return np.array([(draws.mean() - mean) / (sd / np.sqrt(size)), (draws.var() / sd**2 - 1) / np.sqrt(2 / spread)])
+
+
+@pytest.mark.parametrize("chain_method", ["sequential", "vectorized"])
+@pytest.mark.parametrize("sampler", [ebm.NUTS(), ebm.MALA()], ids=lambda sampler: sampler.name)
+def test_matches_the_exact_posterior(sampler, chain_method):
+    kernel = ebm.as_numpyro_kernel(sampler, conjugate)
+    mcmc = MCMC(kernel, num_warmup=300, num_samples=1500, num_chains=2, chain_method=chain_method, progress_bar=False)
+    mcmc.run(jax.random.key(0), y=Y)
+    draws = mcmc.get_samples(group_by_chain=True)
+    assert np.all(np.abs(z_scores(np.asarray(draws["mu"]), MEAN, SD)) < 4.4)  # 8 scores, family-wise 1e-4
+    np.testing.assert_allclose(draws["twice"], 2 * draws["mu"], rtol=1e-6)
+
+
+def test_arviz_reads_it():
+    mcmc = MCMC(ebm.as_numpyro_kernel(ebm.HMC(), conjugate), num_warmup=100, num_samples=50, progress_bar=False)
+    mcmc.run(jax.random.key(0), y=Y, extra_fields=("potential_energy", "num_steps", "adapt_state.step_size"))
+    tree = arviz_base.from_numpyro(mcmc)
+    assert {"mu", "twice"} <= set(tree["posterior"].data_vars)
+    assert {"lp", "n_steps", "step_size", "diverging"} <= set(tree["sample_stats"].data_vars)
+
+
+def mixture(probs, locs):
+    c = numpyro.sample("c", dist.Categorical(probs))
+    x = numpyro.sample("x", dist.Normal(locs[c], 0.5))
+    numpyro.sample("obs", dist.Normal(x, 1.0), obs=jnp.array(0.4))
+
+
+def test_block_of_a_gibbs_kernel():
+    probs, locs = jnp.array([0.25, 0.75]), jnp.array([-1.0, 1.0])
+    blocks = [(DiscreteGibbs(mixture), discrete_latent_sites), (ebm.as_numpyro_kernel(ebm.HMC(), mixture), None)]
+    mcmc = MCMC(Gibbs(blocks), num_warmup=300, num_samples=4000, num_chains=1, progress_bar=False)
+    mcmc.run(jax.random.key(1), probs, locs)
+    draws = np.asarray(mcmc.get_samples(group_by_chain=True)["c"], float)
+    weight = probs * np.exp(-0.5 * (0.4 - locs) ** 2 / 1.25)
+    truth = weight[1] / weight.sum()
+    error = np.sqrt(truth * (1 - truth) / float(ess(draws)))
+    assert abs(draws.mean() - truth) < 3.9 * error  # 1e-4
+
+
+def test_the_guard_holds_before_the_first_draw():
+    def model(y):
+        theta = numpyro.sample("theta", dist.HalfNormal(1))
+        with numpyro.plate("n", 4):
+            numpyro.sample("y", ebm.EnergyDistribution(lambda x: theta * x**4, dist.Normal(0, 5)), obs=y)
+
+    mcmc = MCMC(ebm.as_numpyro_kernel(ebm.NUTS(), model), num_warmup=10, num_samples=10, progress_bar=False)
+    with pytest.raises(ebm.IntractablePartitionError, match="theta"):
+        mcmc.run(jax.random.key(0), Y)
+
+
+def test_unadjusted_is_refused():
+    with pytest.raises(ebm.EnergyError, match="adjusted=True"):
+        ebm.as_numpyro_kernel(ebm.MCLMC(adjusted=False), conjugate)

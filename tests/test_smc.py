@@ -1,0 +1,322 @@
+"""Tempered SMC: evidences, error bars and particles of the default settings, on every problem with a known evidence."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from limits import chi2_limits, t_limit
+from problems import PROBLEMS, Problem
+
+import ebm_ppl as ebm
+
+NUM_RUNS = 50
+KNOWN = [name for name, problem in PROBLEMS.items() if "SMC" in problem.samplers]
+TWO_PHASES = [name for name in KNOWN if PROBLEMS[name].log_z_prior is not None]
+NUM_COMPONENTS = sum(2 * np.size(mean) for name in KNOWN for mean in PROBLEMS[name].means.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    problem: Problem
+    data: object
+    log_z: ebm.LogZ
+
+    @property
+    def scores(self) -> np.ndarray:
+        """z of each run, by its own error."""
+        errors = np.asarray(self.log_z.diagnostics["run_std_errors"])
+        return (self.log_z.replicates - self.problem.log_z) / errors
+
+
+@pytest.fixture(scope="module", params=KNOWN)
+def result(request):
+    """All runs of one problem, in one call: tests of the same problem follow one another."""
+    problem = PROBLEMS[request.param]
+    data = ebm.sample(
+        jax.random.key(2024), problem.target(), ebm.SMC(), num_chains=NUM_RUNS, progress_bar=False, log_likelihood=False
+    )
+    return Result(problem, data, ebm.read_log_z(data))
+
+
+# Every problem
+
+
+def test_scores_of_log_z(result):
+    low, high = chi2_limits(len(KNOWN) + len(TWO_PHASES), NUM_RUNS)
+    assert low < np.sum(result.scores**2) < high
+    if "prior_value" in result.data["log_z"] and "data_value" in result.data["log_z"]:
+        runs = result.data["log_z"]
+        scores = (runs["prior_value"].values - result.problem.log_z_prior) / runs["prior_std_error"].values
+        assert low < np.sum(scores**2) < high
+
+
+def test_two_standard_errors_cover_the_truth(result):
+    assert np.mean(np.abs(result.scores) < 2) >= 0.9
+
+
+def test_pooled_value_and_its_error(result):
+    """The value of all runs together, against the truth, in the error that it states."""
+    estimate = result.log_z
+    assert abs(estimate.value - result.problem.log_z) < t_limit(len(KNOWN), NUM_RUNS - 1) * estimate.std_error
+    spread = np.std(estimate.replicates, ddof=1) / math.sqrt(NUM_RUNS)
+    assert estimate.std_error >= spread
+
+
+def test_draws_have_the_moments_of_the_posterior(result):
+    """Run means are independent, so their spread is their error."""
+    limit = t_limit(NUM_COMPONENTS, NUM_RUNS - 1)
+    for site, mean in result.problem.means.items():
+        draws = result.data["posterior"][site].values
+        for moments, truth in (
+            (draws.mean(1), mean),
+            (((draws - mean) ** 2).mean(1), result.problem.variances[site]),
+        ):
+            error = moments.std(0, ddof=1) / math.sqrt(NUM_RUNS)
+            assert np.max(np.abs(moments.mean(0) - truth) / error) < limit, site
+
+
+def test_weighted_particles_have_the_moments_of_the_posterior(result):
+    limit = t_limit(NUM_COMPONENTS, NUM_RUNS - 1)
+    weight = np.exp(result.data["particles"]["log_weight"].values)
+    np.testing.assert_allclose(weight.sum(1), 1.0, rtol=1e-10)
+    assert np.all(weight.std(1) > 0), "the weights of the last stage were dropped"
+    for site, mean in result.problem.means.items():
+        values = result.data["particles"][site].values
+        w = weight.reshape(weight.shape + (1,) * np.ndim(mean))
+        for power, truth in ((1, 0.0), (2, result.problem.variances[site])):
+            moments = np.sum(w * (values - mean) ** power, axis=1)
+            error = moments.std(0, ddof=1) / math.sqrt(NUM_RUNS)
+            assert np.max(np.abs(moments.mean(0) - truth) / error) < limit, site
+
+
+def test_path_is_whole(result):
+    """The stages of each run end at one, add up to its log Z by role, and keep the wanted share of particles."""
+    path, runs = result.data["smc"], result.data["log_z"]
+    role, beta, increments = path["role"].values, path["beta"].values, path["log_z_increment"].values
+    codes = {"prior": 0, "data": 1}
+    assert {f"{name}_value" for name in codes if np.any(role == codes[name])} == {
+        name for name in runs if name.endswith("_value")
+    }
+    for name, code in codes.items():
+        if not np.any(role == code):
+            continue
+        stages = beta[:, role == code]
+        np.testing.assert_array_equal(np.nanmax(stages, axis=1), 1.0)
+        steps = np.diff(stages, axis=1, prepend=0.0)
+        assert np.all((steps > 0) | np.isnan(steps))
+        np.testing.assert_allclose(
+            np.nansum(increments[:, role == code], axis=1), runs[f"{name}_value"].values, rtol=1e-10
+        )
+    share = path["ess"].values / ebm.SMC().num_particles
+    assert np.nanmin(share) > ebm.SMC().target_ess - 0.05
+
+
+def test_error_of_a_single_run_is_calibrated():
+    """Many short stages: resampling stirs the genealogy more than the weights do, and the error must not see it."""
+    problem = PROBLEMS["normal_mean"]
+    sampler = ebm.SMC(num_particles=300, target_ess=0.95)
+    estimate = ebm.log_z(jax.random.key(5), problem.target(), sampler, num_runs=100)
+    scores = (estimate.replicates - problem.log_z) / np.asarray(estimate.diagnostics["run_std_errors"])
+    low, high = chi2_limits(1, 100)
+    assert low < np.sum(scores**2) < high
+
+
+# What a partition function means
+
+
+def _quick(model, *args, num_runs=4, key=0, num_particles=200):
+    sampler = ebm.SMC(num_particles=num_particles)
+    return ebm.log_z(jax.random.key(key), ebm.target(model, *args), sampler, num_runs=num_runs)
+
+
+@pytest.mark.quick
+def test_constant_energy_is_exact():
+    def model():
+        numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ebm.energy_factor("constant", 1.7)
+
+    estimate = _quick(model)
+    np.testing.assert_allclose(estimate.replicates, -1.7, rtol=1e-12)
+    assert estimate.std_error < 1e-6
+    assert estimate.value == pytest.approx(-1.7, rel=1e-12)
+
+
+@pytest.mark.quick
+def test_no_energies_have_log_z_zero():
+    def model():
+        numpyro.sample("x", dist.Normal(0.0, 1.0))
+
+    estimate = _quick(model)
+    assert (estimate.value, estimate.std_error) == (0.0, 0.0)
+
+
+def test_evidence_is_a_difference_of_stages():
+    """A constant in a prior energy cancels in the evidence, and one in a loss does not."""
+
+    def model(in_prior, in_loss, y):
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ebm.energy_factor("prior", x**2 + in_prior)
+        ebm.energy_factor("loss", in_loss, role="loss")
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    def run(in_prior, in_loss):
+        return _quick(model, jnp.asarray(in_prior), jnp.asarray(in_loss), jnp.asarray(0.5))
+
+    plain, prior, loss = run(0.0, 0.0), run(3.0, 0.0), run(0.0, 3.0)
+    assert set(plain.parts) == {"prior", "data"}
+    assert plain.value == plain.parts["data"]
+    assert prior.value == pytest.approx(plain.value, abs=1e-8)
+    assert prior.parts["prior"] == pytest.approx(plain.parts["prior"] - 3.0, abs=1e-8)
+    assert loss.value == pytest.approx(plain.value - 3.0, abs=1e-8)
+    assert loss.parts["prior"] == pytest.approx(plain.parts["prior"], abs=1e-8)
+
+
+def test_log_bayes_factor_of_two_models_of_the_same_data():
+    """Two priors of a Gaussian mean: the difference of two known evidences."""
+    y = np.array([0.3, 1.2, -0.4])
+
+    def model(y, scale):
+        mu = numpyro.sample("mu", dist.Normal(0.0, scale))
+        numpyro.sample("y", dist.Normal(mu, 1.0).expand([3]).to_event(1), obs=y)
+
+    def evidence(scale):
+        covariance = np.eye(3) + scale**2
+        return -0.5 * (y @ np.linalg.solve(covariance, y) + np.linalg.slogdet(2 * np.pi * covariance)[1])
+
+    wide, narrow = _quick(model, y, 10.0, num_runs=20), _quick(model, y, 1.0, num_runs=20, key=1)
+    factor = wide - narrow
+    assert factor.std_error == pytest.approx(math.hypot(wide.std_error, narrow.std_error))
+    assert abs(factor.value - (evidence(10.0) - evidence(1.0))) < t_limit(1, 19) * factor.std_error
+
+
+def test_different_data_are_not_compared():
+    def model(y):
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    one, other = _quick(model, jnp.asarray(0.5)), _quick(model, jnp.asarray(0.6))
+    with pytest.raises(ebm.IncomparableError, match="different observed data"):
+        one - other
+    assert (one - one).value == 0.0
+
+
+@pytest.mark.quick
+def test_arithmetic_of_log_z():
+    a = ebm.LogZ(3.0, 0.3, method="SMC", data_id="d", lower=2.0, upper=4.0, replicates=np.array([2.9, 3.1]))
+    b = ebm.LogZ(1.0, 0.4, method="AIS", data_id="d", lower=0.5, upper=1.5)
+    difference, total = a - b, a + b
+    assert (difference.value, difference.std_error) == (2.0, pytest.approx(0.5))
+    assert (difference.lower, difference.upper) == (0.5, 3.5)
+    assert (total.value, total.std_error) == (4.0, pytest.approx(0.5))
+    assert (total.lower, total.upper) == (2.5, 5.5)
+    assert difference.method == "SMC, AIS"
+    assert (-a).value == -3.0 and (-a).std_error == 0.3 and ((-a).lower, (-a).upper) == (-4.0, -2.0)
+    shifted = a - 1.0
+    assert (shifted.value, shifted.std_error, shifted.lower, shifted.upper) == (2.0, 0.3, 1.0, 3.0)
+    np.testing.assert_allclose(shifted.replicates, [1.9, 2.1])
+    assert sum([a, b], ebm.LogZ(0.0, 0.0)).value == 4.0
+    assert float(a) == 3.0 and str(a) == "3.000 ± 0.300"
+    with pytest.raises(ebm.IncomparableError):
+        a - dataclasses.replace(b, data_id="other")
+
+
+# Keys, kernels, refusals
+
+
+def test_runs_are_independent_and_reproducible():
+    problem = PROBLEMS["normal_mean"]
+    once = _quick(problem.model, *problem.args, num_runs=4)
+    again = _quick(problem.model, *problem.args, num_runs=4)
+    other = _quick(problem.model, *problem.args, num_runs=4, key=1)
+    np.testing.assert_array_equal(once.replicates, again.replicates)
+    assert len(np.unique(np.concatenate([once.replicates, other.replicates]))) == 8
+
+
+def test_particles_move_independently():
+    """Particles that share an ancestor part from it each in its own direction."""
+
+    def model(y):
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        numpyro.sample("y", dist.Normal(x.sum(), 0.1), obs=y)
+
+    data = ebm.sample(
+        jax.random.key(0), ebm.target(model, 3.0), ebm.SMC(num_particles=300), num_chains=2, progress_bar=False
+    )
+    for run in data["posterior"]["x"].values:
+        moved = np.unique(run, axis=0)
+        # Only a particle whose every move was rejected can be a copy of another.
+        assert len(moved) > 0.95 * len(run)
+
+
+@pytest.mark.parametrize("kernel", [ebm.MALA(), ebm.MCLMC()], ids=["MALA", "MCLMC"])
+def test_other_kernels(kernel):
+    problem = PROBLEMS["regression"]
+    sampler = ebm.SMC(kernel=kernel, num_moves=10 if kernel.name == "MALA" else 3)
+    estimate = ebm.log_z(jax.random.key(1), problem.target(), sampler, num_runs=NUM_RUNS)
+    scores = (estimate.replicates - problem.log_z) / np.asarray(estimate.diagnostics["run_std_errors"])
+    low, high = chi2_limits(2, NUM_RUNS)
+    assert low < np.sum(scores**2) < high
+
+
+def test_new_data_of_the_same_shape_is_not_traced_again():
+    traces = 0
+
+    def model(y):
+        nonlocal traces
+        traces += 1
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(x, 1.0).expand([3]).to_event(1), obs=y)
+
+    def run(y):
+        built = ebm.target(model, y)
+        before = traces
+        value = ebm.log_z(jax.random.key(0), built, ebm.SMC(num_particles=50)).value
+        return value, traces - before
+
+    first, cold = run(np.array([0.1, 0.2, 0.3]))
+    second, warm = run(np.array([1.1, 0.2, 0.3]))
+    assert cold > 0 and warm == 0
+    assert first != second
+
+
+@pytest.mark.quick
+def test_refusals_are_sentences():
+    def model():
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ebm.energy_factor("e", x**2)
+
+    target = ebm.target(model)
+    with pytest.raises(ebm.EnergyError, match="target_ess is a share"):
+        ebm.SMC(target_ess=1.0)
+    with pytest.raises(ebm.EnergyError, match="Unadjusted MCLMC"):
+        ebm.SMC(kernel=ebm.MCLMC(adjusted=False))
+    for setting in ({"num_samples": 10}, {"num_warmup": 10}, {"thin": 2}):
+        with pytest.raises(ebm.EnergyError, match="SMC has particles instead of draws"):
+            ebm.sample(jax.random.key(0), target, ebm.SMC(), **setting)
+    with pytest.raises(ebm.EnergyError, match="no group 'log_z'"):
+        ebm.read_log_z(ebm.prior_predictive(jax.random.key(0), ebm.target(lambda: numpyro.sample("x", dist.Normal()))))
+
+
+def test_improper_reference_is_refused_for_log_z_alone():
+    def model(y):
+        x = numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    target = ebm.target(model, jnp.asarray(0.5))
+    with pytest.raises(ebm.NoReferenceError, match="'x' is improper"):
+        ebm.log_z(jax.random.key(0), target)
+
+
+def test_progress_bar_changes_nothing(capsys):
+    problem = PROBLEMS["normal_mean"]
+    target, sampler = problem.target(), ebm.SMC(num_particles=200)
+    shown = ebm.log_z(jax.random.key(0), target, sampler, num_runs=4, progress_bar=True)
+    assert "SMC data" in capsys.readouterr().err
+    hidden = ebm.log_z(jax.random.key(0), target, sampler, num_runs=4, progress_bar=False)
+    assert capsys.readouterr().err == ""
+    np.testing.assert_array_equal(shown.replicates, hidden.replicates)
