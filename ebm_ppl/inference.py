@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
 LARGE_ENERGY = 1e6
+UNLIKELY = 5.0
+"""Standard errors from its known value at which an estimate is called wrong."""
 
 
 def sample(
@@ -90,6 +92,7 @@ def sample(
         check_tails(target, needs_normalisation=True)
         draws = smc.run(key, target, sampler, num_runs=num_chains, progress_bar=progress_bar)
         _check_precision(draws, target)
+        _check_prior(draws, target)
         return to_datatree(target, draws, coords=coords, dims=dims, log_likelihood=log_likelihood)
     if state is None:
         check_tails(target, needs_normalisation=False)
@@ -141,6 +144,7 @@ def log_z(
     check_tails(target, needs_normalisation=True)
     draws = smc.run(key, target, method, num_runs=num_runs, progress_bar=progress_bar)
     _check_precision(draws, target)
+    _check_prior(draws, target)
     return _summarise(draws, data_id(target))
 
 
@@ -162,20 +166,23 @@ def _summarise(draws: Draws, fingerprint: str | None) -> LogZ:
         return LogZ(0.0, 0.0, method="SMC", data_id=fingerprint)
     last = phases[-1]
     values, errors = runs[f"{last}_value"], runs[f"{last}_std_error"]
-    num = len(values)
-    std_error = math.sqrt(float(np.mean(errors**2)) / num)
-    if num > 1:
-        std_error = max(std_error, float(np.std(values, ddof=1)) / math.sqrt(num))
     diagnostics = {name: draws.attrs[name] for name in ("num_evaluations", "num_nan_energy") if name in draws.attrs}
     return LogZ(
         value=parts[last],
-        std_error=std_error,
+        std_error=_std_error(values, errors),
         method="SMC",
         parts=parts,
         replicates=values,
         data_id=fingerprint,
         diagnostics=diagnostics | {"run_std_errors": errors.tolist()},
     )
+
+
+def _std_error(values: np.ndarray, errors: np.ndarray) -> float:
+    """Of the mean of independent runs: from their genealogies or from their spread, whichever is larger."""
+    num = len(values)
+    spread = float(np.std(values, ddof=1)) if num > 1 else 0.0
+    return max(math.sqrt(float(np.mean(errors**2))), spread) / math.sqrt(num)
 
 
 def _log_mean(values: np.ndarray) -> float:
@@ -197,6 +204,25 @@ def _check_precision(draws: Draws, target: Target) -> None:
             f"Energies reach {largest:.1e} nats in single precision, which resolves them to {largest * 6e-8:.1e} nats "
             "(this is part of the standard error): set jax.config.update('jax_enable_x64', True), or subtract a "
             "constant from the energy.",
+            EnergyWarning,
+            stacklevel=3,
+        )
+
+
+def _check_prior(draws: Draws, target: Target) -> None:
+    """Where every prior energy came with its log partition function, log Z of the prior must be zero."""
+    names = {name for name, role in target.spec.roles if role == "prior"}
+    if not names or not names <= target.spec.normalized:
+        return
+    runs = draws.log_z or {}
+    value = _log_mean(runs["prior_value"])
+    error = _std_error(runs["prior_value"], runs["prior_std_error"])
+    if abs(value) > UNLIKELY * error:
+        warnings.warn(
+            f"log Z of the prior came out as {value:.2f} ± {error:.2f}, but it should be 0, since the log_partition "
+            f"of {', '.join(map(repr, sorted(names)))} was given. Either that log_partition is wrong, or the particles did "
+            "not mix and the evidence is off by as much: use more num_moves or num_particles, or another "
+            "parametrisation.",
             EnergyWarning,
             stacklevel=3,
         )

@@ -45,7 +45,9 @@ from ebm_ppl.typing import (
 )
 
 FAIR_ACCEPTANCE = 0.3
-MAX_MOVES_FACTOR = 5
+DECORRELATED = 0.3
+STILL_FALLING = 0.98
+MAX_ROUNDS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,8 @@ class SMC:
         num_particles: particles in each independent run, an even number.
         target_ess: each stage takes the largest temperature step that keeps this share of effective particles.
         kernel: what moves the particles; only kernels that leave their target invariant.
-        num_moves: moves of each particle in a stage; more are made while fewer than 30 % are accepted.
+        num_moves: moves of each particle in a round. A stage makes rounds until the particles have decorrelated from
+            where they were, or a round no longer helps, at most 20.
         max_stages: bound on the number of stages of a phase.
 
     References:
@@ -264,6 +267,8 @@ def _one_stage(key: PRNGKey, target: Target, sampler: SMC, phase: str, cloud: Cl
         beta=beta,
         ess=ess,
         accept_rate=moved.accepted,
+        num_moves=moved.moves,
+        correlation=moved.correlation,
         log_z_increment=increment,
         log_z=log_z,
         log_z_std_error=jnp.sqrt(variance),
@@ -309,10 +314,17 @@ class Moved(NamedTuple):
     accepted: Array
     leapfrogs: Array
     num_nan: Array
+    correlation: Array
+    """With the particles before the moves, in the coordinate that remembers best."""
+    previous: Array
+    """The same a round of moves ago."""
 
 
 def _move(key: PRNGKey, z: Array, log_density: Any, sampler: SMC, step_size: Array, scales: DenseScale) -> Moved:
     """Moves all particles, of shape (2, N/2, dim), by the scale of their half.
+
+    Rounds of moves go on until no coordinate remembers where it was (correlation at most .3), or until a round no
+    longer helps: between separate modes, say, no number of moves would.
 
     The step size follows the acceptance of the whole cloud from move to move. Each particle shortens it by a factor of
     its own, so that some suit a mode narrower than the cloud.
@@ -321,10 +333,15 @@ def _move(key: PRNGKey, z: Array, log_density: Any, sampler: SMC, step_size: Arr
     dim = z.shape[-1]
 
     def again(moved: Moved) -> Array:
-        unfair = (moved.accepted < FAIR_ACCEPTANCE) & (moved.moves < MAX_MOVES_FACTOR * sampler.num_moves)
-        return (moved.moves < sampler.num_moves) | unfair
+        falling = moved.correlation < STILL_FALLING * moved.previous
+        stuck = (moved.correlation > DECORRELATED) & falling | (moved.accepted < FAIR_ACCEPTANCE)
+        return (moved.moves == 0) | stuck & (moved.moves < MAX_ROUNDS * sampler.num_moves)
 
-    def once(moved: Moved) -> Moved:
+    def one_round(moved: Moved) -> Moved:
+        moved = jax.lax.fori_loop(0, sampler.num_moves, once, moved)
+        return moved._replace(previous=moved.correlation, correlation=_correlation(z, moved.states.position))
+
+    def once(_: Array, moved: Moved) -> Moved:
         key_length, key_step, key_jitter = jax.random.split(jax.random.fold_in(key, moved.moves), 3)
         num_steps = kernel.length(key_length, Tuning(moved.step_size, scales), dim)
         shorter = jnp.exp(-jax.random.uniform(key_jitter, z.shape[:2], z.dtype))
@@ -336,15 +353,24 @@ def _move(key: PRNGKey, z: Array, log_density: Any, sampler: SMC, step_size: Arr
         keys = jax.random.split(key_step, z.shape[:2])
         states, stats = jax.vmap(over_particles)(keys, moved.states, shorter, scales)
         accepted = jnp.mean(stats["acceptance_rate"])
-        return Moved(
-            states,
-            moved.step_size * jnp.exp(accepted - sampler.kernel.target_accept),
-            moved.moves + 1,
-            accepted,
-            moved.leapfrogs + num_steps,
-            moved.num_nan + jnp.sum(stats["nan_energy"]),
+        return moved._replace(
+            states=states,
+            step_size=moved.step_size * jnp.exp(accepted - sampler.kernel.target_accept),
+            moves=moved.moves + 1,
+            accepted=accepted,
+            leapfrogs=moved.leapfrogs + num_steps,
+            num_nan=moved.num_nan + jnp.sum(stats["nan_energy"]),
         )
 
     states = jax.vmap(jax.vmap(lambda z: kernel.init(z, log_density)))(z)
-    count = jnp.zeros((), int)
-    return jax.lax.while_loop(again, once, Moved(states, step_size, count, jnp.zeros((), z.dtype), count, count))
+    count, one = jnp.zeros((), int), jnp.ones((), z.dtype)
+    start = Moved(states, step_size, count, jnp.zeros_like(one), count, count, one, 2 * one)
+    return jax.lax.while_loop(again, one_round, start)
+
+
+def _correlation(before: Array, after: Array) -> Array:
+    """The largest correlation over the cloud of a coordinate with itself before the moves."""
+    axes = (0, 1)
+    before, after = before - jnp.mean(before, axes), after - jnp.mean(after, axes)
+    spread = jnp.sqrt(jnp.mean(before**2, axes) * jnp.mean(after**2, axes))
+    return jnp.max(jnp.abs(jnp.mean(before * after, axes)) / jnp.maximum(spread, jnp.finfo(before.dtype).tiny))

@@ -24,6 +24,8 @@ class StageInfo(NamedTuple):
     beta: Array
     ess: Array
     accept_rate: Array
+    num_moves: Array
+    correlation: Array
     log_z_increment: Array
     log_z: Array
     log_z_std_error: Array
