@@ -212,17 +212,15 @@ def _check_precision(draws: Draws, target: Target) -> None:
 def _check_prior(draws: Draws, target: Target) -> None:
     """Where every prior energy came with its log partition function, log Z of the prior must be zero."""
     names = {name for name, role in target.spec.roles if role == "prior"}
-    if not names or not names <= target.spec.normalized:
-        return
     runs = draws.log_z or {}
-    value = _log_mean(runs["prior_value"])
-    error = _std_error(runs["prior_value"], runs["prior_std_error"])
+    if not names or not names <= target.spec.normalized or "data_value" in runs:
+        return
+    value, error = _log_mean(runs["prior_value"]), _std_error(runs["prior_value"], runs["prior_std_error"])
     if abs(value) > UNLIKELY * error:
         warnings.warn(
-            f"log Z of the prior came out as {value:.2f} ± {error:.2f}, but it should be 0, since the log_partition "
-            f"of {', '.join(map(repr, sorted(names)))} was given. Either that log_partition is wrong, or the particles did "
-            "not mix and the evidence is off by as much: use more num_moves or num_particles, or another "
-            "parametrisation.",
+            f"log Z of the prior came out as {value:.2f} ± {error:.2f}, but it should be 0, since the log_partition of "
+            f"{', '.join(map(repr, sorted(names)))} was given. Either that is wrong, or the particles did not mix: use "
+            "more num_moves or num_particles, another parametrisation, or sampler=NUTS().",
             EnergyWarning,
             stacklevel=3,
         )
@@ -233,25 +231,24 @@ def prior_predictive(
     target: Target,
     *,
     num_samples: int = 1000,
-    sampler: SMC | None = None,
+    sampler: mcmc.Sampler | SMC | None = None,
     coords: Coords | None = None,
     dims: Dims | None = None,
 ) -> xr.DataTree:
     """Draws of the prior, tilted by its energies, and of the data under it: groups `prior`, `prior_predictive`.
 
-    Without prior energies the draws are exact; with them they come from SMC on the prior alone.
+    Without prior energies the draws are exact; with them they come from a sampler on the prior alone.
 
     Args:
         num_samples: draws, or particles of the default SMC.
-        sampler: the SMC that draws from a tilted prior.
+        sampler: what draws from a tilted prior: SMC by default, or a Markov chain.
     """
     key_draw, key_predict = jax.random.split(_as_key(key))
     prior = target.prior()
     prior.require_tractable()
     prior.require_reference()
     if prior.spec.roles:
-        sampler = SMC(num_particles=num_samples) if sampler is None else sampler
-        draws = smc.run(key_draw, prior, sampler, num_runs=1, progress_bar=False)
+        draws = _prior_draws(key_draw, prior, num_samples, sampler)
     else:
         z = _reference_draws(prior, jax.random.split(key_draw, num_samples))
         draws = Draws(z[None], {}, {"inference_library": "ebm_ppl", "sampler": "exact"})
@@ -259,6 +256,16 @@ def prior_predictive(
     predicted = _predict(key_predict, target, tree["prior"])
     tree.update(from_groups(target, {"prior_predictive": predicted}, coords=coords, dims=dims))
     return tree
+
+
+def _prior_draws(key: PRNGKey, prior: Target, num_samples: int, sampler: mcmc.Sampler | SMC | None) -> Draws:
+    if sampler is None or isinstance(sampler, SMC):
+        sampler = SMC(num_particles=num_samples + num_samples % 2) if sampler is None else sampler
+        draws = smc.run(key, prior, sampler, num_runs=1, progress_bar=False)
+        _check_prior(draws, prior)
+        return draws
+    draws, _ = mcmc.run(key, prior, sampler, num_chains=1, num_warmup=500, num_samples=num_samples, progress_bar=False)
+    return draws
 
 
 @eqx.filter_jit

@@ -5,6 +5,7 @@
     log Z increment    log (1/N) sum_i w_t^i
     log Z              sum of the increments, kept apart by phase: "prior", then "data"
     evidence           the "data" part: log Z(prior and data) - log Z(prior)
+    one phase          where every prior energy is normalised, log Z(prior) = 0, and both are tempered together
 
 Each stage weighs, resamples, and moves the particles by a kernel of `kernels.py` that leaves pi_t invariant. The metric
 is learned from the cloud, **crosswise**: each half of the particles moves by the covariance of the other half. A metric
@@ -35,7 +36,7 @@ from jax.scipy.special import logsumexp
 
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, Tuning
 from ebm_ppl.scale import DenseScale
-from ebm_ppl.stages import PHASES, SMALLEST_STEP, StageInfo, as_path, check, phase_estimates
+from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, phase_estimates
 from ebm_ppl.target import Target
 from ebm_ppl.typing import (
     Array,
@@ -120,20 +121,17 @@ def run(key: PRNGKey, target: Target, sampler: SMC, *, num_runs: int = 1, progre
     """
     target.require_tractable()
     target.require_reference()
-    roles = set(target.roles().values())
-    phases = [phase for phase, wanted in (("prior", {"prior"}), ("data", {"loss", "data"})) if roles & wanted]
     keys = jax.random.split(key, num_runs)
     clouds = _initial(keys, target, sampler)
     log_z, infos = {}, []
-    for phase in phases:
+    for phase in _phases(target):
         tempered = target.prior() if phase == "prior" else target
-        clouds, passed = _run_phase(
-            keys, tempered, sampler, phase, _enter(tempered, phase, clouds), len(infos), progress_bar
-        )
-        log_z |= phase_estimates(phase, passed, clouds.z.dtype)
+        clouds = _enter(tempered, phase, clouds)
+        clouds, passed = _run_phase(keys, tempered, sampler, phase, clouds, len(infos), progress_bar)
+        log_z |= phase_estimates(phase, passed, num_runs, clouds.z.dtype)
         infos += passed
     path = as_path(infos, num_runs)
-    path["role"] = np.array([PHASES.index(phase) for phase, _ in infos], dtype=np.int8)
+    path["role"] = np.array([phase != "prior" for phase, _ in infos], dtype=np.int8)
     attrs = {
         "inference_library": "ebm_ppl",
         "sampler": sampler.name,
@@ -145,6 +143,18 @@ def run(key: PRNGKey, target: Target, sampler: SMC, *, num_runs: int = 1, progre
     }
     particles = {"z": clouds.weighted, "log_weight": clouds.log_weight}
     return Draws(clouds.z, {}, attrs, particles=particles, stages=path, log_z=log_z)
+
+
+def _phases(target: Target) -> list[str]:
+    """Prior energies first, then data; both at once where the prior's log Z is known to be zero.
+
+    A conditional tempered without its partition function following suit is a poor path, and here a needless one.
+    """
+    prior = {name for name, role in target.spec.roles if role == "prior"}
+    has_data = len(prior) < len(target.spec.roles)
+    if has_data and prior and prior <= target.spec.normalized:
+        return ["joint"]
+    return ["prior"] * bool(prior) + ["data"] * has_data
 
 
 @eqx.filter_jit
@@ -175,6 +185,8 @@ def _enter(target: Target, phase: str, clouds: Cloud) -> Cloud:
 def _split(target: Target, phase: str, z: Array) -> tuple[Array, Array]:
     """Log density that stays, and energy that is tempered."""
     log_reference, (prior, data) = target.staged_terms(z)
+    if phase == "joint":
+        return log_reference, prior + data
     return (log_reference, prior) if phase == "prior" else (log_reference - prior, data)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from ebm_ppl.typing import Array, DegenerateParticlesError, NonFiniteEnergyError, TemperingStalledError
 
-PHASES = ("prior", "data")
 SMALLEST_STEP = 1e-8
 
 
@@ -70,13 +69,15 @@ def as_path(stages: list[tuple[str, StageInfo]], num_runs: int) -> dict[str, np.
     return {field: np.stack([getattr(info, field) for _, info in stages], axis=1) for field in fields}
 
 
-def phase_estimates(phase: str, infos: list[tuple[str, StageInfo]], dtype: Any) -> dict[str, np.ndarray]:
+def phase_estimates(phase: str, infos: list[tuple[str, StageInfo]], num_runs: int, dtype: Any) -> dict[str, np.ndarray]:
     """Value and standard error of a phase's log Z for each run; what rounding of the energies adds is included."""
-    path = as_path(infos, 0)
+    path = as_path(infos, num_runs)
     last = np.isfinite(path["beta"]).sum(axis=1) - 1
     final = {name: np.take_along_axis(path[name], last[:, None], axis=1)[:, 0] for name in StageInfo._fields}
     rounding = np.finfo(dtype).eps * np.abs(final["mean_energy"])
-    return {
-        f"{phase}_value": np.nansum(path["log_z_increment"].astype(float), axis=1),
-        f"{phase}_std_error": np.hypot(final["log_z_std_error"], rounding),
-    }
+    value = np.nansum(path["log_z_increment"].astype(float), axis=1)
+    std_error = np.hypot(final["log_z_std_error"], rounding)
+    if phase == "joint":
+        known = {"prior_value": np.zeros(num_runs), "prior_std_error": np.zeros(num_runs)}
+        return known | {"data_value": value, "data_std_error": std_error}
+    return {f"{phase}_value": value, f"{phase}_std_error": std_error}

@@ -34,7 +34,7 @@ import ebm_ppl as ebm
 
 FAST = bool(int(os.environ.get("EBM_PPL_FAST", "0")))  # a short run, for the tests
 NUM_DRAWS = 200 if FAST else 1000
-NUM_PARTICLES = 100 if FAST else 600
+NUM_PARTICLES = 100 if FAST else 2000
 
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("EBM_PPL_OUT", HERE / "output"))
@@ -211,7 +211,7 @@ for name, rival in (("independent", independent), ("shrunk", shrunk)):
 # %%
 print(loo(posterior))
 posterior.update(ebm.posterior_predictive(jax.random.key(5), target, posterior))
-prior = ebm.prior_predictive(jax.random.key(6), target, num_samples=200)
+prior = ebm.prior_predictive(jax.random.key(6), target, num_samples=NUM_DRAWS, sampler=ebm.NUTS())
 posterior.to_netcdf(OUT / "spatial.nc", engine="h5netcdf")
 
 # %%

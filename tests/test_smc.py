@@ -1,4 +1,4 @@
-"""Tempered SMC: evidences, error bars and particles of the default settings, on every problem with a known evidence."""
+"""Tempered SMC: evidences, error bars and particles, on every problem with a known evidence."""
 
 import dataclasses
 import math
@@ -14,7 +14,9 @@ from problems import PROBLEMS, Problem
 
 import ebm_ppl as ebm
 
-NUM_RUNS = 50
+NUM_RUNS = 200
+"""Enough that a right 95 % interval falls below 90 % in none of the problems: with fifty runs one in thirty would."""
+SAMPLER = ebm.SMC(num_particles=500)
 KNOWN = [name for name, problem in PROBLEMS.items() if "SMC" in problem.samplers]
 TWO_PHASES = [name for name in KNOWN if PROBLEMS[name].log_z_prior is not None]
 NUM_COMPONENTS = sum(2 * np.size(mean) for name in KNOWN for mean in PROBLEMS[name].means.values())
@@ -38,7 +40,7 @@ def result(request):
     """All runs of one problem, in one call: tests of the same problem follow one another."""
     problem = PROBLEMS[request.param]
     data = ebm.sample(
-        jax.random.key(2024), problem.target(), ebm.SMC(), num_chains=NUM_RUNS, progress_bar=False, log_likelihood=False
+        jax.random.key(2024), problem.target(), SAMPLER, num_chains=NUM_RUNS, progress_bar=False, log_likelihood=False
     )
     return Result(problem, data, ebm.read_log_z(data))
 
@@ -112,8 +114,8 @@ def test_path_is_whole(result):
         np.testing.assert_allclose(
             np.nansum(increments[:, role == code], axis=1), runs[f"{name}_value"].values, rtol=1e-10
         )
-    share = path["ess"].values / ebm.SMC().num_particles
-    assert np.nanmin(share) > ebm.SMC().target_ess - 0.05
+    share = path["ess"].values / SAMPLER.num_particles
+    assert np.nanmin(share) > SAMPLER.target_ess - 0.05
 
 
 def test_error_of_a_single_run_is_calibrated():
@@ -257,9 +259,9 @@ def test_particles_move_independently():
 def test_other_kernels(kernel):
     problem = PROBLEMS["regression"]
     sampler = ebm.SMC(kernel=kernel, num_moves=10 if kernel.name == "MALA" else 3)
-    estimate = ebm.log_z(jax.random.key(1), problem.target(), sampler, num_runs=NUM_RUNS)
+    estimate = ebm.log_z(jax.random.key(1), problem.target(), sampler, num_runs=50)
     scores = (estimate.replicates - problem.log_z) / np.asarray(estimate.diagnostics["run_std_errors"])
-    low, high = chi2_limits(2, NUM_RUNS)
+    low, high = chi2_limits(2, 50)
     assert low < np.sum(scores**2) < high
 
 
