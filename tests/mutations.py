@@ -160,7 +160,7 @@ MUTATIONS = (
         "kernels.py",
         "scale.pull(state.logdensity_grad))",
         "state.logdensity_grad)",
-        (_moments("NUTS", "gaussian"),),
+        (_moments("MALA", "gaussian"),),
     ),
     Mutation(
         "warm-up goes on while sampling",

@@ -529,15 +529,21 @@ def _constant_partition() -> Problem:
 
 def _quartic() -> Problem:
     y = np.array([0.9, 0.5])
-    node, log_node_weight = _line(-8.0, 8.0, 8)
-    log_node = log_node_weight + st.norm.logpdf(node)
+    node, log_weight_node = _line(0.0, 9.0, 2)
+
+    def log_partition(theta):
+        """log E[exp(-theta x^4)] under N(0, 1), on nodes that shrink with the strength."""
+        scale = 1 / (1 + theta**0.25)
+        x = scale * jnp.asarray(node)
+        exponents = jnp.asarray(log_weight_node) - x**2 / 2 - theta * x**4
+        top = jnp.max(exponents)
+        return top + jnp.log(2 * scale * jnp.sum(jnp.exp(exponents - top))) - 0.5 * math.log(2 * math.pi)
 
     def model(y):
         theta = numpyro.sample("theta", dist.LogNormal(0.5, 0.8))
-        exponents = jnp.asarray(log_node) - theta * jnp.asarray(node) ** 4
-        top = jnp.max(exponents)
-        log_partition = top + jnp.log(jnp.sum(jnp.exp(exponents - top)))
-        quartic = ebm.EnergyDistribution(lambda x: theta * x**4, dist.Normal(0.0, 1.0), log_partition=log_partition)
+        quartic = ebm.EnergyDistribution(
+            lambda x: theta * x**4, dist.Normal(0.0, 1.0), log_partition=log_partition(theta)
+        )
         x = numpyro.sample("x", quartic)
         with numpyro.plate("observation", y.shape[0]):
             numpyro.sample("y", dist.Normal(x, 0.5), obs=y)

@@ -13,6 +13,8 @@ from problems import CHAINS, PROBLEMS
 import ebm_ppl as ebm
 from ebm_ppl import mcmc
 
+pytestmark = pytest.mark.slow  # minutes each: run with -m slow
+
 SAMPLERS = {"NUTS": ebm.NUTS(), "HMC": ebm.HMC(), "MALA": ebm.MALA(), "MCLMC": ebm.MCLMC()}
 PAIRS = [(sampler, name) for name, problem in PROBLEMS.items() for sampler in CHAINS if sampler in problem.samplers]
 CORE = ("gaussian", "regression", "dirichlet_multinomial", "funnel", "dynamic_support", "quartic")
@@ -105,7 +107,6 @@ def test_state_is_returned_and_taken_by_sample():
     np.testing.assert_array_equal(both, whole["posterior"]["x"].values)
 
 
-@pytest.mark.quick
 def test_thinning_keeps_every_third_draw_from_the_third_on():
     dense, _ = _draws(ebm.NUTS(), num_samples=150)
     thinned, _ = _draws(ebm.NUTS(), num_samples=50, thin=3)
@@ -207,7 +208,6 @@ def test_start_is_tried_again_where_the_density_is_zero():
     assert len(np.unique(x[:, 0])) == 8
 
 
-@pytest.mark.quick
 def test_site_that_is_never_finite_is_named():
     def model(y):
         x = numpyro.sample("x", dist.Normal(0.0, 1.0))

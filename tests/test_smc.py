@@ -14,6 +14,8 @@ from problems import PROBLEMS, Problem
 
 import ebm_ppl as ebm
 
+pytestmark = pytest.mark.slow  # minutes each: run with -m slow
+
 NUM_RUNS = 200
 """Enough that a right 95 % interval falls below 90 % in none of the problems: with fifty runs one in thirty would."""
 SAMPLER = ebm.SMC(num_particles=500)
@@ -51,10 +53,14 @@ def result(request):
 def test_scores_of_log_z(result):
     low, high = chi2_limits(len(KNOWN) + len(TWO_PHASES), NUM_RUNS)
     assert low < np.sum(result.scores**2) < high
-    if "prior_value" in result.data["log_z"] and "data_value" in result.data["log_z"]:
-        runs = result.data["log_z"]
-        scores = (runs["prior_value"].values - result.problem.log_z_prior) / runs["prior_std_error"].values
-        assert low < np.sum(scores**2) < high
+    runs = result.data["log_z"]
+    if "prior_value" in runs and "data_value" in runs:
+        errors = runs["prior_std_error"].values
+        deviations = runs["prior_value"].values - result.problem.log_z_prior
+        if np.all(errors == 0):  # a prior energy with its log partition is normalised: there is nothing to estimate
+            np.testing.assert_array_equal(deviations, 0.0)
+        else:
+            assert low < np.sum((deviations / errors) ** 2) < high
 
 
 def test_two_standard_errors_cover_the_truth(result):
@@ -101,11 +107,9 @@ def test_path_is_whole(result):
     path, runs = result.data["smc"], result.data["log_z"]
     role, beta, increments = path["role"].values, path["beta"].values, path["log_z_increment"].values
     codes = {"prior": 0, "data": 1}
-    assert {f"{name}_value" for name in codes if np.any(role == codes[name])} == {
-        name for name in runs if name.endswith("_value")
-    }
     for name, code in codes.items():
-        if not np.any(role == code):
+        if not np.any(role == code):  # no such energy, or one that is normalised
+            assert np.all(runs.get(f"{name}_value", np.zeros(1)) == 0)
             continue
         stages = beta[:, role == code]
         np.testing.assert_array_equal(np.nanmax(stages, axis=1), 1.0)
@@ -136,7 +140,6 @@ def _quick(model, *args, num_runs=4, key=0, num_particles=200):
     return ebm.log_z(jax.random.key(key), ebm.target(model, *args), sampler, num_runs=num_runs)
 
 
-@pytest.mark.quick
 def test_constant_energy_is_exact():
     def model():
         numpyro.sample("x", dist.Normal(0.0, 1.0))
@@ -148,7 +151,6 @@ def test_constant_energy_is_exact():
     assert estimate.value == pytest.approx(-1.7, rel=1e-12)
 
 
-@pytest.mark.quick
 def test_no_energies_have_log_z_zero():
     def model():
         numpyro.sample("x", dist.Normal(0.0, 1.0))
@@ -207,7 +209,6 @@ def test_different_data_are_not_compared():
     assert (one - one).value == 0.0
 
 
-@pytest.mark.quick
 def test_arithmetic_of_log_z():
     a = ebm.LogZ(3.0, 0.3, method="SMC", data_id="d", lower=2.0, upper=4.0, replicates=np.array([2.9, 3.1]))
     b = ebm.LogZ(1.0, 0.4, method="AIS", data_id="d", lower=0.5, upper=1.5)
@@ -286,7 +287,6 @@ def test_new_data_of_the_same_shape_is_not_traced_again():
     assert first != second
 
 
-@pytest.mark.quick
 def test_refusals_are_sentences():
     def model():
         x = numpyro.sample("x", dist.Normal(0.0, 1.0))
