@@ -49,6 +49,7 @@ FAIR_ACCEPTANCE = 0.3
 DECORRELATED = 0.3
 STILL_FALLING = 0.98
 MAX_ROUNDS = 20
+UNFAIR_ROUNDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class SMC:
 
     num_particles: int = 1000
     target_ess: float = 0.6
-    kernel: HMC | MALA | MCLMC = dataclasses.field(default_factory=HMC)
+    kernel: HMC | MALA | MCLMC = dataclasses.field(default_factory=lambda: HMC(max_leapfrogs=64))
     num_moves: int = 5
     max_stages: int = 500
     name = "SMC"
@@ -346,8 +347,9 @@ def _move(key: PRNGKey, z: Array, log_density: Any, sampler: SMC, step_size: Arr
 
     def again(moved: Moved) -> Array:
         falling = moved.correlation < STILL_FALLING * moved.previous
-        stuck = (moved.correlation > DECORRELATED) & falling | (moved.accepted < FAIR_ACCEPTANCE)
-        return (moved.moves == 0) | stuck & (moved.moves < MAX_ROUNDS * sampler.num_moves)
+        remembers = (moved.correlation > DECORRELATED) & falling & (moved.moves < MAX_ROUNDS * sampler.num_moves)
+        unfair = (moved.accepted < FAIR_ACCEPTANCE) & (moved.moves < UNFAIR_ROUNDS * sampler.num_moves)
+        return any_alive & ((moved.moves == 0) | remembers | unfair)
 
     def one_round(moved: Moved) -> Moved:
         moved = jax.lax.fori_loop(0, sampler.num_moves, once, moved)
@@ -375,6 +377,7 @@ def _move(key: PRNGKey, z: Array, log_density: Any, sampler: SMC, step_size: Arr
         )
 
     states = jax.vmap(jax.vmap(lambda z: kernel.init(z, log_density)))(z)
+    any_alive = jnp.any(jnp.isfinite(states.logdensity))
     count, one = jnp.zeros((), int), jnp.ones((), z.dtype)
     start = Moved(states, step_size, count, jnp.zeros_like(one), count, count, one, 2 * one)
     return jax.lax.while_loop(again, one_round, start)
