@@ -36,7 +36,7 @@ from jax.scipy.special import logsumexp
 
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, Tuning
 from ebm_ppl.scale import DenseScale
-from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, phase_estimates
+from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, check_start, phase_estimates
 from ebm_ppl.target import Target
 from ebm_ppl.typing import (
     Array,
@@ -128,6 +128,7 @@ def run(key: PRNGKey, target: Target, sampler: SMC, *, num_runs: int = 1, progre
     for phase in _phases(target):
         tempered = target.prior() if phase == "prior" else target
         clouds = _enter(tempered, phase, clouds)
+        check_start(np.asarray(clouds.energy), phase)
         clouds, passed = _run_phase(keys, tempered, sampler, phase, clouds, len(infos), progress_bar)
         log_z |= phase_estimates(phase, passed, num_runs, clouds.z.dtype)
         infos += passed

@@ -37,6 +37,20 @@ class StageInfo(NamedTuple):
     num_infinite: Array
 
 
+def check_start(energy: np.ndarray, phase: str) -> None:
+    """Raises where a run enters a phase with no particle alive, before anything large is compiled."""
+    if not np.all(np.any(energy < np.inf, axis=1)):
+        raise _degenerate(energy.shape[1], f"stage 1 of the {phase} phase")
+
+
+def _degenerate(num_particles: int, where: str) -> DegenerateParticlesError:
+    return DegenerateParticlesError(
+        f"All {num_particles} particles have zero mass (an energy of +inf or NaN) at {where}: no draw of the reference "
+        "satisfies the model. Check the observed values against their supports, soften a hard constraint, or use more "
+        "particles."
+    )
+
+
 def check(info: StageInfo, phase: str, stage: int, num_particles: int, max_stages: int) -> None:
     """Errors about the numbers of a stage, on the host."""
     where = f"stage {stage} of the {phase} phase"
@@ -46,11 +60,7 @@ def check(info: StageInfo, phase: str, stage: int, num_particles: int, max_stage
             "bound the energy from below."
         )
     if np.any(info.num_zero >= num_particles):
-        raise DegenerateParticlesError(
-            f"All {num_particles} particles have zero mass (an energy of +inf or NaN) at {where}: no draw of "
-            "the reference satisfies the model. Check the observed values against their supports, soften a hard "
-            "constraint, or use more particles."
-        )
+        raise _degenerate(num_particles, where)
     stalled = info.temperature_step < SMALLEST_STEP
     if np.any(stalled) or stage >= max_stages:
         raise TemperingStalledError(
