@@ -25,6 +25,9 @@ CHAINS = ("NUTS", "HMC", "MALA", "MCLMC")
 ALL = (*CHAINS, "SMC")
 ONE_DIMENSION = tuple(name for name in ALL if name != "MCLMC")
 """On a line the microcanonical velocity is a sign: its direction cannot be refreshed, and MCLMC does not apply."""
+STEEP = ("NUTS", "HMC", "MCLMC", "SMC")
+"""Where the gradient grows faster than linearly, MALA is not geometrically ergodic: it sticks in the tails."""
+STEEP_LINE = tuple(name for name in STEEP if name in ONE_DIMENSION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,7 +430,7 @@ def _double_well() -> Problem:
         means=means,
         variances=variances,
         how="A tilted prior without data: quadrature.",
-        samplers=ONE_DIMENSION,
+        samplers=STEEP_LINE,
     )
 
 
@@ -455,6 +458,7 @@ def _tilted_prior() -> Problem:
         means=means,
         variances=variances,
         how="A curved prior energy and data: quadrature over both coordinates, with data and without.",
+        samplers=STEEP,
     )
 
 
@@ -523,7 +527,7 @@ def _constant_partition() -> Problem:
         means=means,
         variances=variances,
         how="An unnormalised latent whose Z is a constant, found on the way: quadrature.",
-        samplers=ONE_DIMENSION,
+        samplers=STEEP_LINE,
     )
 
 
@@ -565,6 +569,7 @@ def _quartic() -> Problem:
         means=means,
         variances=variances,
         how="An energy with unknown strength and its log partition: quadrature over strength and value.",
+        samplers=STEEP,
     )
 
 

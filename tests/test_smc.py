@@ -20,16 +20,6 @@ NUM_RUNS = 200
 """Enough that a right 95 % interval falls below 90 % in none of the problems: with fifty runs one in thirty would."""
 SAMPLER = ebm.SMC(num_particles=500)
 KNOWN = [name for name, problem in PROBLEMS.items() if "SMC" in problem.samplers]
-CORE = {
-    "regression",
-    "dirichlet_multinomial",
-    "mixture",
-    "correlated_normal",
-    "funnel",
-    "dynamic_support",
-    "three_roles",
-}
-"""Compilation takes longer than the runs: the default has these problems, `slow` the others."""
 TWO_PHASES = [name for name in KNOWN if PROBLEMS[name].log_z_prior is not None]
 NUM_COMPONENTS = sum(2 * np.size(mean) for name in KNOWN for mean in PROBLEMS[name].means.values())
 
@@ -47,10 +37,7 @@ class Result:
         return (self.log_z.replicates - self.problem.log_z) / errors
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=() if name in CORE else pytest.mark.slow) for name in KNOWN],
-)
+@pytest.fixture(scope="module", params=KNOWN)
 def result(request):
     """All runs of one problem, in one call: tests of the same problem follow one another."""
     problem = PROBLEMS[request.param]
