@@ -24,7 +24,7 @@ from blackjax.mcmc import adjusted_mclmc, hmc, mclmc, nuts
 from blackjax.mcmc.hmc import HMCState
 
 from ebm_ppl.scale import Scale
-from ebm_ppl.typing import Array, PRNGKey
+from ebm_ppl.typing import Array, EnergyError, PRNGKey
 
 LogDensity = Callable[[Array], Array]
 State = Any
@@ -165,8 +165,11 @@ class MCLMC:
     name = "MCLMC"
 
     def kernel(self) -> Kernel:
-        # The velocity has norm one, where HMC's has about sqrt(dim).
-        length = _length_around(lambda dim: self.trajectory_length * math.sqrt(dim), self.max_leapfrogs)
+        def trajectory_length(dim: int) -> float:
+            _require_sphere(dim)
+            return self.trajectory_length * math.sqrt(dim)  # the velocity has norm one, HMC's has about sqrt(dim)
+
+        length = _length_around(trajectory_length, self.max_leapfrogs)
         return Kernel(
             adjusted_mclmc.init,
             _whitened(_end_point_step(adjusted_mclmc.build_kernel(), _mclmc_call)),
@@ -208,6 +211,7 @@ def tune_unadjusted_mclmc(
     key: PRNGKey, position: Array, log_density: LogDensity, num_steps: int
 ) -> tuple[Any, MCLMCTuning]:
     """BlackJAX's three-phase tuning of step size, metric and momentum decoherence, on one chain."""
+    _require_sphere(position.size)
     key_init, key_tune = jax.random.split(key)
     state, params, _ = blackjax.mclmc_find_L_and_step_size(
         mclmc_kernel=mclmc.build_kernel(),
@@ -220,6 +224,11 @@ def tune_unadjusted_mclmc(
         frac_tune3=1 / 3,
     )
     return state, MCLMCTuning(params.step_size, params.inverse_mass_matrix, params.L)
+
+
+def _require_sphere(dim: int) -> None:
+    if dim < 2:
+        raise EnergyError("MCLMC moves on a sphere of velocities, so it needs two dimensions at least; use NUTS().")
 
 
 def hmc_state(position: Array, log_density: LogDensity) -> State:

@@ -61,8 +61,6 @@ def run(
     target.require_tractable()
     if target.dim == 0:
         raise ValueError("The model has no continuous latent site to sample.")
-    if target.dim == 1 and isinstance(sampler, MCLMC):
-        raise EnergyError("MCLMC moves on a sphere of velocities, so it needs two dimensions at least; use NUTS().")
     if state is None:
         state = _start(key, target, sampler, num_chains, num_warmup, init)
     else:

@@ -85,3 +85,17 @@ def test_the_guard_holds_before_the_first_draw():
 def test_unadjusted_is_refused():
     with pytest.raises(ebm.EnergyError, match="adjusted=True"):
         ebm.as_numpyro_kernel(ebm.MCLMC(adjusted=False), conjugate)
+
+
+@pytest.mark.parametrize("adjusted", [True, False])
+def test_mclmc_needs_two_dimensions(adjusted):
+    with pytest.raises(ebm.EnergyError, match="two dimensions"):
+        ebm.sample(jax.random.key(0), ebm.target(conjugate, y=Y), ebm.MCLMC(adjusted=adjusted), progress_bar=False)
+
+
+def test_mclmc_needs_two_dimensions_inside_numpyro_and_smc():
+    mcmc = MCMC(ebm.as_numpyro_kernel(ebm.MCLMC(), conjugate), num_warmup=10, num_samples=10, progress_bar=False)
+    with pytest.raises(ebm.EnergyError, match="two dimensions"):
+        mcmc.run(jax.random.key(0), y=Y)
+    with pytest.raises(ebm.EnergyError, match="two dimensions"):
+        ebm.log_z(jax.random.key(0), ebm.target(conjugate, y=Y), ebm.SMC(kernel=ebm.MCLMC()))
