@@ -90,9 +90,7 @@ def sample(
                 "num_samples, num_warmup, thin and state alone."
             )
         check_tails(target, needs_normalisation=True)
-        draws = smc.run(key, target, sampler, num_runs=num_chains, progress_bar=progress_bar)
-        _check_precision(draws, target)
-        _check_prior(draws, target)
+        draws = _weigh(key, target, sampler, num_chains, progress_bar)
         return to_datatree(target, draws, coords=coords, dims=dims, log_likelihood=log_likelihood)
     if state is None:
         check_tails(target, needs_normalisation=False)
@@ -142,10 +140,16 @@ def log_z(
     target.require_reference()
     target.require_known_constant()
     check_tails(target, needs_normalisation=True)
-    draws = smc.run(key, target, method, num_runs=num_runs, progress_bar=progress_bar)
-    _check_precision(draws, target)
-    _check_prior(draws, target)
+    draws = _weigh(key, target, method, num_runs, progress_bar)
     return _summarise(draws, data_id(target))
+
+
+def _weigh(key: PRNGKey, target: Target, sampler: SMC, num_runs: int, progress_bar: bool) -> Draws:
+    """SMC, with what its numbers say about themselves."""
+    draws = smc.run(key, target, sampler, num_runs=num_runs, progress_bar=progress_bar)
+    _check_precision(draws)
+    _check_prior(draws, target)
+    return draws
 
 
 def read_log_z(data: xr.DataTree) -> LogZ:
@@ -189,14 +193,14 @@ def _log_mean(values: np.ndarray) -> float:
     return float(np.logaddexp.reduce(values) - np.log(len(values)))
 
 
-def _check_precision(draws: Draws, target: Target) -> None:
+def _check_precision(draws: Draws) -> None:
     """Counts NaN energies aloud, and says where single precision is too coarse."""
     if draws.attrs.get("num_nan_energy"):
         warnings.warn(
             f"The energy was NaN {draws.attrs['num_nan_energy']} times; such points were given zero mass, and are "
             "counted in smc['num_nan'].",
             EnergyWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     largest = float(draws.attrs.get("largest_mean_energy", 0.0))
     if largest > LARGE_ENERGY and draws.z.dtype == jnp.float32:
@@ -205,7 +209,7 @@ def _check_precision(draws: Draws, target: Target) -> None:
             "(this is part of the standard error): set jax.config.update('jax_enable_x64', True), or subtract a "
             "constant from the energy.",
             EnergyWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -222,7 +226,7 @@ def _check_prior(draws: Draws, target: Target) -> None:
             f"{', '.join(map(repr, sorted(names)))} was given. Either that is wrong, or the particles did not mix: use "
             "more num_moves or num_particles, another parametrisation, or sampler=NUTS().",
             EnergyWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -261,9 +265,7 @@ def prior_predictive(
 def _prior_draws(key: PRNGKey, prior: Target, num_samples: int, sampler: mcmc.Sampler | SMC | None) -> Draws:
     if sampler is None or isinstance(sampler, SMC):
         sampler = SMC(num_particles=num_samples + num_samples % 2) if sampler is None else sampler
-        draws = smc.run(key, prior, sampler, num_runs=1, progress_bar=False)
-        _check_prior(draws, prior)
-        return draws
+        return _weigh(key, prior, sampler, num_runs=1, progress_bar=False)
     draws, _ = mcmc.run(key, prior, sampler, num_chains=1, num_warmup=500, num_samples=num_samples, progress_bar=False)
     return draws
 
