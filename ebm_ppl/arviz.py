@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 Dims = Mapping[str, Sequence[str]]
 Coords = Mapping[str, Any]
-LATENT_GROUPS = ("posterior", "prior")
 
 
 def to_datatree(
@@ -54,14 +53,14 @@ def to_datatree(
     stats |= {f"energy_{name}": value for name, value in energies.items()}
     groups = {group: values, "sample_stats": stats, "log_likelihood": likelihood}
     if target.spec.observed:
-        groups["observed_data"] = jax.device_get(observed_data(target))
+        groups["observed_data"] = observed_data(target)
     tree = from_groups(target, groups, coords=coords, dims=dims)
     tree.attrs.update(draws.attrs)
     for name in (group, "sample_stats"):
         if name in tree:
             tree[name].attrs.update(draws.attrs)
     if target.spec.observed:
-        tree.attrs["data_id"] = data_id(target)
+        tree.attrs["data_id"] = _fingerprint(groups["observed_data"])
     _add_particles(tree, target, draws, coords, dims)
     return tree
 
@@ -119,17 +118,22 @@ def _read_off(target: Target, z: Array, wants_likelihood: bool) -> tuple[dict, d
     return jax.vmap(jax.vmap(one))(z)
 
 
-@eqx.filter_jit
-def observed_data(target: Target) -> dict[str, Array]:
+def observed_data(target: Target) -> dict[str, np.ndarray]:
     """Values of the observed sites."""
+    return jax.device_get(_observed(target))
+
+
+@eqx.filter_jit
+def _observed(target: Target) -> dict[str, Array]:
     return target.observed_data()
 
 
 def data_id(target: Target) -> str | None:
     """Fingerprint of the observed values, whatever their sites are called; None without observed sites."""
-    if not target.spec.observed:
-        return None
-    values = jax.device_get(observed_data(target))
+    return _fingerprint(observed_data(target)) if target.spec.observed else None
+
+
+def _fingerprint(values: Mapping[str, np.ndarray]) -> str:
     digests = sorted(
         hashlib.sha256(repr(np.shape(value)).encode() + np.asarray(value, np.float32).tobytes()).hexdigest()
         for value in values.values()

@@ -32,8 +32,7 @@ def dependencies(function: Callable[..., Mapping[str, Any]], inputs: Mapping[str
     outputs = _propagate(closed.jaxpr, names + rest)
     structure = jax.tree.structure(shapes)
     by_name = jax.tree.unflatten(structure, outputs)
-    is_names = lambda node: isinstance(node, frozenset)  # noqa: E731
-    return {name: frozenset().union(*jax.tree.leaves(tree, is_leaf=is_names)) for name, tree in by_name.items()}
+    return {name: frozenset().union(*jax.tree.leaves(tree)) for name, tree in by_name.items()}
 
 
 def _propagate(jaxpr: core.Jaxpr, inputs: list[Names]) -> list[Names]:

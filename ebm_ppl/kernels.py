@@ -1,4 +1,4 @@
-"""BlackJAX's Markov kernels behind one signature; the only file that knows BlackJAX's MCMC interface.
+"""BlackJAX's Markov kernels behind one signature; with `warmup.py` all that knows BlackJAX's MCMC interface.
 
     kernel.init(z, log_density) -> state                            state.position is z, .logdensity log p(z)
     kernel.length(key, tuning, dim) -> num_steps                    drawn once for all chains of a batch

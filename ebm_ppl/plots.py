@@ -23,7 +23,7 @@ def plot_smc(data: xr.DataTree) -> Figure:
     """The path of an SMC run, stage by stage, one line for each independent run.
 
     Inverse temperature, effective particles, acceptance rate of the moves, and the cumulative log Z with a band of two
-    standard errors of the final value; the prior phase is shaded.
+    standard errors so far; the prior phase is shaded.
 
     Args:
         data: result of `sample(key, target, SMC())`.

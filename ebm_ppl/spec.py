@@ -5,7 +5,7 @@
     Jacobians            factor sites that exist only while NumPyro unconstrains
     Z(theta)             which unknown partition functions depend on which latent sites
 
-With `target.py` this is the only file that touches NumPyro's internals.
+This and `target.py` touch NumPyro's internals; `distribution.py` reads its stack of handlers.
 """
 
 from __future__ import annotations

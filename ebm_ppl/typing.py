@@ -85,7 +85,6 @@ class LogZ:
         lower, upper: bounds where the method brackets log Z, else None.
         data_id: fingerprint of the observed values; None where there are none.
         diagnostics: what says whether to trust the number.
-        draws: the weighted particles and schedule as an `xarray.DataTree`, where the method has them.
 
     Raises:
         IncomparableError: on subtracting estimates of different data.
@@ -100,7 +99,6 @@ class LogZ:
     upper: float | None = None
     data_id: str | None = None
     diagnostics: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
-    draws: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     def __sub__(self, other: LogZ | float) -> LogZ:
         return self._combine(other, -1.0)

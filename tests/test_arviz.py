@@ -35,6 +35,11 @@ def model(y):
 DIMS, COORDS = {"slope": ["feature"]}, {"county": ["a", "b", "c"], "feature": ["age", "births"]}
 
 
+def draw_chains(target, **options):
+    short = {"num_chains": CHAINS, "num_warmup": DRAWS, "num_samples": DRAWS, "progress_bar": False}
+    return ebm_ppl.sample(jax.random.key(0), target, **short, **options)
+
+
 @pytest.fixture(scope="module")
 def target():
     return ebm_ppl.target(model, Y)
@@ -42,16 +47,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def chains(target):
-    return ebm_ppl.sample(
-        jax.random.key(0),
-        target,
-        num_chains=CHAINS,
-        num_warmup=DRAWS,
-        num_samples=DRAWS,
-        progress_bar=False,
-        dims=DIMS,
-        coords=COORDS,
-    )
+    return draw_chains(target, dims=DIMS, coords=COORDS)
 
 
 @pytest.fixture(scope="module")
@@ -165,15 +161,7 @@ def test_loo_without_an_argument(data):
 
 
 def test_log_likelihood_can_be_left_out(target):
-    data = ebm_ppl.sample(
-        jax.random.key(0),
-        target,
-        num_chains=CHAINS,
-        num_warmup=DRAWS,
-        num_samples=DRAWS,
-        progress_bar=False,
-        log_likelihood=False,
-    )
+    data = draw_chains(target, log_likelihood=False)
     assert "log_likelihood" not in data.children
 
 

@@ -136,6 +136,16 @@ def vector_base():
     return dist.Normal(jnp.zeros(3), 1.0).to_event(1)
 
 
+def check_trainable(model, network):
+    """The network is a parameter of the model, and its energy counts; returns the data and their log density."""
+    x = jax.random.normal(jax.random.key(1), (4, 3))
+    value, recorded = log_density(seed(model, 0), (x,), {}, {})
+    assert recorded["energy$params"]["type"] == "param"
+    exact = jnp.sum(dist.Normal(0.0, 1.0).log_prob(x)) - jnp.sum(jax.vmap(network)(x))
+    np.testing.assert_allclose(value, exact, rtol=1e-12)
+    return x, exact
+
+
 def test_eqx_module_inside_a_model_can_be_trained():
     network = ebm_ppl.MLPEnergy(jax.random.key(0), 3, width=4)
 
@@ -144,11 +154,7 @@ def test_eqx_module_inside_a_model_can_be_trained():
         with numpyro.plate("n", len(x)):
             numpyro.sample("x", ebm_ppl.EnergyDistribution(energy, vector_base()), obs=x)
 
-    x = jax.random.normal(jax.random.key(1), (4, 3))
-    value, recorded = log_density(seed(model, 0), (x,), {}, {})
-    assert recorded["energy$params"]["type"] == "param"
-    exact = jnp.sum(dist.Normal(0.0, 1.0).log_prob(x)) - jnp.sum(jax.vmap(network)(x))
-    np.testing.assert_allclose(value, exact, rtol=1e-12)
+    x, _ = check_trainable(model, network)
     svi = SVI(model, lambda x: None, numpyro.optim.Adam(0.01), Trace_ELBO())
     losses = svi.run(jax.random.key(0), 20, x, progress_bar=False).losses
     assert losses[-1] < losses[0]  # without randomness, so no Monte Carlo error
@@ -185,11 +191,7 @@ def test_nnx_module_inside_a_model():
         with numpyro.plate("n", len(x)):
             numpyro.sample("x", ebm_ppl.EnergyDistribution(energy, vector_base()), obs=x)
 
-    x = jax.random.normal(jax.random.key(1), (4, 3))
-    value, recorded = log_density(seed(model, 0), (x,), {}, {})
-    assert recorded["energy$params"]["type"] == "param"
-    exact = jnp.sum(dist.Normal(0.0, 1.0).log_prob(x)) - jnp.sum(jax.vmap(network)(x))
-    np.testing.assert_allclose(value, exact, rtol=1e-12)
+    x, exact = check_trainable(model, network)
     target = ebm_ppl.target(model, x)
     np.testing.assert_allclose(-target.energies(jnp.zeros(0))["x"], exact, rtol=1e-12)
 
