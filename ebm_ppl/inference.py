@@ -23,7 +23,7 @@ from ebm_ppl.kernels import NUTS
 from ebm_ppl.mcmc import ChainState
 from ebm_ppl.probe import check_tails
 from ebm_ppl.smc import SMC
-from ebm_ppl.target import Target, predictive_model
+from ebm_ppl.target import Target, energies_model, predictive_model
 from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, LogZ, PRNGKey
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def prior_predictive(
         z = _reference_draws(prior, jax.random.split(key_draw, num_samples))
         draws = Draws(z[None], {}, {"inference_library": "ebm_ppl", "sampler": "exact"})
     tree = to_datatree(prior, draws, group="prior", coords=coords, dims=dims)
-    predicted = _predict(key_predict, target, tree["prior"])
+    predicted = _predict(key_predict, target, tree["prior"], given=prior)
     tree.update(from_groups(target, {"prior_predictive": predicted}, coords=coords, dims=dims))
     return tree
 
@@ -287,11 +287,12 @@ def posterior_predictive(
 
     Add it to a result by `data.update(posterior_predictive(key, target, data))`.
     """
-    predicted = _predict(_as_key(key), target, data["posterior"])
+    predicted = _predict(_as_key(key), target, data["posterior"], given=target)
     return from_groups(target, {"posterior_predictive": predicted}, coords=coords, dims=dims)
 
 
-def _predict(key: PRNGKey, target: Target, draws: Any) -> dict[str, np.ndarray]:
+def _predict(key: PRNGKey, target: Target, draws: Any, *, given: Target) -> dict[str, np.ndarray]:
+    """Data of `target` for each draw; discrete sites are drawn by their conditional distribution under `given`."""
     latents = {name: jnp.asarray(draws[name].values) for name in target.latent_names}
     sites = target.spec.observed
     if not sites:
@@ -299,7 +300,7 @@ def _predict(key: PRNGKey, target: Target, draws: Any) -> dict[str, np.ndarray]:
     key_discrete, key_observed = jax.random.split(key)
     if target.spec.discrete:
         known = Predictive(
-            target._prepared(), latents, return_sites=target.spec.discrete, infer_discrete=True, batch_ndims=2
+            energies_model(given), latents, return_sites=target.spec.discrete, infer_discrete=True, batch_ndims=2
         )
         latents |= known(key_discrete, *target.args, **target.kwargs)
     predictive = Predictive(predictive_model(target), latents, return_sites=sites, batch_ndims=2)

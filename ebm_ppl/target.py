@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -34,7 +34,7 @@ from numpyro.infer.util import (
 from numpyro.primitives import Messenger
 
 from ebm_ppl.distribution import reference_of, tilt_of
-from ebm_ppl.spec import Spec, analyse, unconstrained
+from ebm_ppl.spec import Spec, Trace, analyse, unconstrained
 from ebm_ppl.typing import (
     Array,
     IntractablePartitionError,
@@ -104,7 +104,7 @@ class Target(eqx.Module):
 
     def site_terms(self, z: Array) -> tuple[dict[str, Array], dict[str, Array]]:
         """Log reference density and energy of each site: what `terms` adds up."""
-        recorded = trace(_unconstrain_params(self._prepared(), self.unravel(z))).get_trace(*self.args, **self.kwargs)
+        recorded = self._recorded(_unconstrain_params(self._prepared(), self.unravel(z)))
         latents, roles = dict(self.spec.latents), self.roles()
         references, energies = {}, {}
         for name, site in recorded.items():
@@ -134,8 +134,7 @@ class Target(eqx.Module):
     def _marginal(self, z: Array, active: frozenset[str]) -> Array:
         from numpyro.contrib.funsor import config_enumerate, enum, log_density
 
-        model = _Tempered(self._prepared(), active, self.spec.jacobians)
-        model = enum(config_enumerate(model), -self.spec.plate_depth - 1)
+        model = enum(config_enumerate(self._tempered(active)), -self.spec.plate_depth - 1)
         model = _unconstrain_params(model, self.unravel(z))
         return jnp.asarray(log_density(model, self.args, self.kwargs, {})[0])
 
@@ -146,8 +145,7 @@ class Target(eqx.Module):
             NoReferenceError: where the latent sites are no normalised measure.
         """
         self.require_reference()
-        model = seed(_UseReference(self._prepared()), key)
-        recorded = trace(model).get_trace(*self.args, **self.kwargs)
+        recorded = self._recorded(seed(_UseReference(self._prepared()), key))
         return self.ravel(unconstrained(recorded, self.latent_names))
 
     def constrain(self, z: Array) -> dict[str, Array]:
@@ -161,17 +159,17 @@ class Target(eqx.Module):
     def unconstrain(self, values: dict[str, Any]) -> Array:
         """The point `z` of given values of all latent sites: the inverse of `constrain`."""
         model = substitute(seed(self._prepared(), jax.random.key(0)), data=values)
-        return self.ravel(unconstrained(trace(model).get_trace(*self.args, **self.kwargs), self.latent_names))
+        return self.ravel(unconstrained(self._recorded(model), self.latent_names))
 
     def log_likelihood(self, z: Array) -> dict[str, Array]:
         """Pointwise log density of each observed site (never of a factor), unscaled."""
-        recorded = trace(_unconstrain_params(self._prepared(), self.unravel(z))).get_trace(*self.args, **self.kwargs)
+        recorded = self._recorded(_unconstrain_params(self._prepared(), self.unravel(z)))
         return {name: recorded[name]["fn"].log_prob(recorded[name]["value"]) for name in self.spec.observed}
 
     def observed_data(self) -> dict[str, Array]:
         """Values of the observed sites."""
         model = substitute(seed(self._prepared(), jax.random.key(0)), substitute_fn=init_to_uniform)
-        recorded = trace(model).get_trace(*self.args, **self.kwargs)
+        recorded = self._recorded(model)
         return {name: recorded[name]["value"] for name in self.spec.observed}
 
     def unravel(self, z: Array) -> dict[str, Array]:
@@ -229,6 +227,12 @@ class Target(eqx.Module):
                 "pass log_partition=... to the EnergyDistribution. Its posterior can be sampled without it."
             )
 
+    def _recorded(self, model: Callable) -> Trace:
+        return trace(model).get_trace(*self.args, **self.kwargs)
+
+    def _tempered(self, active: Iterable[str]) -> Callable:
+        return _Tempered(self._prepared(), frozenset(active), self.spec.jacobians)
+
     def _prepared(self) -> Callable:
         return _substitute_default_key(substitute(self.model, data=self.constants))
 
@@ -272,6 +276,11 @@ def predictive_model(target: Target) -> Callable:
 def _as_array(leaf: Any) -> Any:
     """Containers of numbers from other libraries (a pandas column, say) as arrays; all else as it is."""
     return np.asarray(leaf) if hasattr(leaf, "__array__") and not isinstance(leaf, jax.Array) else leaf
+
+
+def energies_model(target: Target) -> Callable:
+    """The model with the energies of this target and no others: `target.prior()` forgets the observed values."""
+    return target._tempered(target.energy_names)
 
 
 class _UseReference(Messenger):
