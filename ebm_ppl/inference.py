@@ -57,7 +57,7 @@ def sample(
         key: from `jax.random.key`.
         target: from `ebm_ppl.target`.
         sampler: `NUTS()` (default), `HMC()`, `MALA()`, `MCLMC()` or `SMC()`.
-        num_chains: chains, batched; independent runs for `SMC`.
+        num_chains: chains, on the CPU each in a thread, elsewhere batched; independent runs for `SMC`.
         num_warmup: warm-up steps of each chain (default 500), which learn step size and metric from all chains.
         num_samples: draws of each chain (default 1000); for `SMC` they are the sampler's `num_particles`.
         thin: keep every `thin`-th draw.

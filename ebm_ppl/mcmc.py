@@ -1,16 +1,18 @@
-"""Markov chains: starting points, warm-up and draws, in jitted chunks driven by a host loop.
+"""Markov chains: starting points, warm-up and draws, in compiled pieces driven by a host loop.
 
     start        z_c with finite log p and gradient, a bounded number of tries
-    warm-up      phases FAST, SLOW, WINDOW_END of `warmup.window_warmup`
-    draws        phase FROZEN of the same compiled function
+    warm-up      stretches of `warmup.windows`; after each window all chains share what they have learned
+    draws        steps of the same compiled function, with the tuning fixed
 
-One compiled function serves warm-up and sampling, so that a run compiles the model's gradient inside a kernel once.
-The host loop between chunks is the one place for progress and for errors about the numbers.
+One compiled function of one chain serves warm-up and sampling and every number of steps, so that a run compiles the
+model's gradient inside a kernel once; `parallel.py` takes it over all chains. The host loop between pieces is the one
+place for progress and for errors about the numbers.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,28 +21,42 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from blackjax.mcmc.hmc import HMCState
 
-from ebm_ppl import kernels
+from ebm_ppl import kernels, parallel
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning, hmc_state
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, NonFiniteEnergyError, PRNGKey
-from ebm_ppl.warmup import FROZEN, Warmup, schedule, window_warmup
+from ebm_ppl.warmup import Warmup, WarmupState, pooled, window_warmup, windows
 
 Sampler = NUTS | HMC | MALA | MCLMC
 START_TRIES = 100
 START_RADIUS = 2.0
+FIRST_PIECE = 100
+CAPACITY = 500
+"""Most steps in one piece: what a compiled function has room for."""
+PIECE_SECONDS = 0.25
+
+
+class Chain(NamedTuple):
+    """One chain on its way; several along a leading axis."""
+
+    kernel: Any
+    """State of the kernel: position, log density and gradient."""
+    key: Array
+    """Step number i uses `fold_in(key, i)`."""
+    adaptation: Any
+    """Its dual averaging; the whole tuning for the unadjusted kernel, whose chains share nothing."""
 
 
 class ChainState(NamedTuple):
     """All that continues a run: pass it to `ebm.sample(..., state=state)`."""
 
-    kernel: Any
-    """States of the chains, with a leading chain axis."""
-    warmup: Any
-    """What the warm-up learned."""
-    keys: Array
-    """One key for each chain; step number i uses `fold_in(key, i)`."""
-    step: Array
+    parts: list[Chain]
+    """All chains, in the parts of `parallel.split`."""
+    tuning: Tuning
+    """What the warm-up learned, for all of them."""
+    step: int
     """Number of steps made so far."""
 
 
@@ -61,22 +77,22 @@ def run(
     target.require_tractable()
     if target.dim == 0:
         raise ValueError("The model has no continuous latent site to sample.")
+    learned = None
     if state is None:
-        state = _start(key, target, sampler, num_chains, num_warmup, init)
+        state, learned = _start(key, target, sampler, num_chains, num_warmup, init)
     else:
         num_warmup = 0
     warmup_steps = 0 if _is_unadjusted(sampler) else num_warmup
-    phases = np.concatenate([schedule(warmup_steps), np.full(num_samples * thin, FROZEN)])
     records = []
-    with _progress(sampler.name, len(phases), progress_bar) as bar:
-        for chunk in _chunks(warmup_steps, num_samples * thin):
-            state, record = _advance(target, sampler, state, jnp.asarray(phases[chunk]))
-            if chunk.start >= warmup_steps:
-                records.append(jax.device_get(record))
-                _check_finite(records[-1])
-            bar.update(chunk.stop - chunk.start)
-            bar.set_postfix_str(_summary(record), refresh=False)
-    z, stats = jax.tree.map(lambda *parts: np.concatenate(parts).swapaxes(0, 1), *records)
+    with _progress(sampler.name, warmup_steps + num_samples * thin, progress_bar) as bar:
+        if learned is not None:
+            state = _warm_up(target, sampler, state, learned, warmup_steps, bar)
+        for after, record, count in _steps(target, sampler, state, num_samples * thin, bar):
+            state = after
+            records.append({name: x[:, :count] for name, x in record.items() if name != "gradient"})
+            _check_finite(records[-1])
+    stats = {name: np.concatenate([record[name] for record in records], axis=1) for name in records[0]}
+    z: Any = stats.pop("z")
     attrs = {
         "inference_library": "ebm_ppl",
         "sampler": sampler.name,
@@ -91,6 +107,12 @@ def run(
     return Draws(z[:, thin - 1 :: thin], jax.tree.map(lambda x: x[:, thin - 1 :: thin], stats), attrs), state
 
 
+def _jit_quickly(function: Callable) -> Callable:
+    """Compiles without optimisation: for what runs once, compiling fast matters more than running fast."""
+    options = {"xla_backend_optimization_level": 0}
+    return eqx.filter_jit(function, compiler_options=options)  # pyright: ignore[reportCallIssue]
+
+
 def _is_unadjusted(sampler: Sampler) -> bool:
     return isinstance(sampler, MCLMC) and not sampler.adjusted
 
@@ -103,6 +125,104 @@ def _warmup(sampler: Sampler, dim: int) -> Warmup:
     return window_warmup(sampler.target_accept, sampler.metric, dim)
 
 
+def _warm_up(
+    target: Target, sampler: Sampler, state: ChainState, learned: WarmupState, num_warmup: int, bar: Any
+) -> ChainState:
+    """The chains after their warm-up, with what they have learned together."""
+    for length, is_window in windows(num_warmup):
+        for after, record, count in _steps(target, sampler, state, length, bar, warming_up=True):
+            state = after
+            if is_window:
+                learned = _add(sampler, learned, record["z"], record["gradient"], np.array(count))
+        adaptations = [part.adaptation for part in state.parts]
+        learned, tuning, restarted = _close(sampler, learned, adaptations, target.dim, is_window)
+        parts = [part._replace(adaptation=new) for part, new in zip(state.parts, restarted, strict=True)]
+        state = ChainState(parts, tuning, state.step)
+    return state
+
+
+@_jit_quickly
+def _add(sampler: Sampler, learned: WarmupState, positions: Array, gradients: Array, count: Array) -> WarmupState:
+    """The metric learns from `count` steps of all chains."""
+    add = _warmup(sampler, positions.shape[-1]).add
+    metric = jax.lax.fori_loop(
+        0, count, lambda i, metric: add(metric, positions[:, i], gradients[:, i]), learned.metric
+    )
+    return _strong(learned._replace(metric=metric))
+
+
+@_jit_quickly
+def _close(
+    sampler: Sampler, learned: WarmupState, adaptations: list[Any], dim: int, is_window: bool
+) -> tuple[WarmupState, Tuning, list[Any]]:
+    """What the chains know together, and their step size adaptation for the next stretch."""
+    warmup = _warmup(sampler, dim)
+    learned = learned._replace(step_size=pooled(adaptations))
+    if is_window:
+        learned = warmup.close(learned)
+        adaptations = [jax.tree.map(lambda new, old: new + 0 * old, learned.step_size, old) for old in adaptations]
+    return _strong((learned, warmup.tuning(learned), adaptations))
+
+
+def _strong(tree: Any) -> Any:
+    """Without weak types, which would cost a second compilation."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
+
+
+def _steps(
+    target: Target, sampler: Sampler, state: ChainState, length: int, bar: Any, *, warming_up: bool = False
+) -> Iterator[tuple[ChainState, dict[str, np.ndarray], int]]:
+    """Makes steps in pieces: the state after each, its record (chain, CAPACITY, ...), and how many steps that holds."""
+    piece, done = FIRST_PIECE, 0
+    while done < length:
+        count, start = min(piece, length - done), time.perf_counter()
+        shared = target, sampler, state.tuning, state.parts[0].key[0]
+        limits = np.array([state.step, count])
+        results = parallel.over(_advance, state.parts, *shared, limits, np.array(warming_up))
+        state = ChainState([chains for chains, _ in results], state.tuning, state.step + count)
+        records = jax.device_get([record for _, record in results])
+        record = {name: np.concatenate([part[name] for part in records]) for name in records[0]}
+        bar.update(count)
+        if not bar.disable:
+            bar.set_postfix_str(_summary(record, count), refresh=False)
+        yield state, record, count
+        done += count
+        piece = int(np.clip(count * PIECE_SECONDS / (time.perf_counter() - start), 1, CAPACITY))
+
+
+def _advance(
+    chain: Chain, target: Target, sampler: Sampler, tuning: Tuning, shared_key: Array, limits: Array, warming_up: Array
+) -> tuple[Chain, dict[str, Array]]:
+    """One chain through `count` steps from number `first` on, and a record with room for `CAPACITY` of them."""
+    first, count = limits
+    kernel, adapt = _kernel(sampler), None if _is_unadjusted(sampler) else _warmup(sampler, target.dim).adapt
+
+    @jax.jit  # so that it is traced once, for its shapes and for the loop
+    def step(chain: Chain, number: Array) -> tuple[Chain, dict[str, Array]]:
+        learning = chain.adaptation
+        now: Any = learning
+        if adapt is not None:
+            current = jnp.exp(learning.log_step_size)
+            now = Tuning(jnp.where(warming_up, current, tuning.step_size), tuning.scale)
+        num_steps = kernel.length(jax.random.fold_in(jax.random.fold_in(shared_key, number), 1), now, target.dim)
+        key = jax.random.fold_in(chain.key, number)
+        state, stats = kernel.step(key, chain.kernel, target.log_density, now, num_steps)
+        if adapt is not None:
+            adapted = adapt(learning, stats["acceptance_rate"])
+            learning = jax.tree.map(lambda new, old: jnp.where(warming_up, new, old), adapted, learning)
+        record = {"z": state.position, "gradient": state.logdensity_grad, "lp": state.logdensity}
+        return Chain(state, chain.key, learning), record | stats | {"step_size": now.step_size}
+
+    def body(i: Array, carry: tuple[Chain, dict[str, Array]]) -> tuple[Chain, dict[str, Array]]:
+        chain, records = carry
+        chain, record = step(chain, first + i)
+        return chain, {name: records[name].at[i].set(x) for name, x in record.items()}
+
+    _, shapes = jax.eval_shape(step, chain, first)
+    empty = {name: jnp.zeros((CAPACITY, *x.shape), x.dtype) for name, x in shapes.items()}
+    return jax.lax.fori_loop(0, count, body, (chain, empty))
+
+
 def _start(
     key: PRNGKey,
     target: Target,
@@ -110,7 +230,7 @@ def _start(
     num_chains: int,
     num_warmup: int,
     init: str | dict[str, Any],
-) -> ChainState:
+) -> tuple[ChainState, WarmupState]:
     start: Any = None
     if isinstance(init, dict):
         start = _given_point(target, init)
@@ -119,20 +239,14 @@ def _start(
         start = target.sample_reference
     elif init != "uniform":
         raise EnergyError(f"init is 'uniform', 'reference' or a dictionary of values by site; got {init!r}.")
-    state, finite = _first_finite(key, target, sampler, num_chains, num_warmup, start)
+    parts, learned, tuning, finite = _first_finite(key, target, sampler, num_chains, num_warmup, start)
     if not bool(jnp.all(finite)):
-        chain = int(jnp.argmin(finite))
+        positions = np.concatenate([part.kernel.position for part in parts])
         raise NonFiniteEnergyError(
             f"No starting point with finite log density and gradient in {START_TRIES} tries. "
-            + _explain(target, state.kernel.position[chain])
+            + _explain(target, jnp.asarray(positions[int(jnp.argmin(finite))]))
         )
-    return state
-
-
-def _jit_quickly(function: Callable) -> Callable:
-    """Compiles without optimisation: for what runs once, compiling fast matters more than running fast."""
-    options = {"xla_backend_optimization_level": 0}
-    return eqx.filter_jit(function, compiler_options=options)  # pyright: ignore[reportCallIssue]
+    return ChainState(parts, tuning, 0), learned
 
 
 def _given_point(target: Target, values: dict[str, Any]) -> Array:
@@ -150,8 +264,8 @@ def _first_finite(
     num_chains: int,
     num_warmup: int,
     start: Any,
-) -> tuple[ChainState, Array]:
-    """States of all chains at points where log density and gradient are finite, after a bounded number of tries.
+) -> tuple[list[Chain], WarmupState, Tuning, Array]:
+    """All chains in parts, at points where log density and gradient are finite, after a bounded number of tries.
 
     The points are uniform on (-2, 2) in unconstrained space, draws of the reference, or the one given.
     """
@@ -164,30 +278,31 @@ def _first_finite(
     def is_finite(state: Any) -> Array:
         return jnp.isfinite(state.logdensity) & jnp.all(jnp.isfinite(state.logdensity_grad))
 
-    def attempt(key: PRNGKey, tries: Array) -> Any:
-        return hmc_state(propose(jax.random.fold_in(key, tries)), target.log_density)
-
     def one(key: PRNGKey) -> tuple[Any, Array]:
         def again(carry: tuple[Array, Any]) -> Array:
             return ~is_finite(carry[1]) & (carry[0] < START_TRIES)
 
-        def retry(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-            return carry[0] + 1, attempt(key, carry[0])
+        def attempt(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            tries, _ = carry
+            state = hmc_state(propose(jax.random.fold_in(key, tries)), target.log_density)
+            return tries + 1, _strong(state)
 
-        _, state = jax.lax.while_loop(again, retry, (jnp.ones((), int), attempt(key, jnp.zeros((), int))))
+        nowhere = jnp.full(target.dim, jnp.nan)
+        none_yet = HMCState(nowhere, jnp.asarray(jnp.nan), nowhere)  # pyright: ignore[reportArgumentType]
+        _, state = jax.lax.while_loop(again, attempt, (jnp.zeros((), int), none_yet))
         return state, is_finite(state)
 
     key_start, key_tune, key_chains = jax.random.split(key, 3)
     states, finite = jax.vmap(one)(jax.random.split(key_start, num_chains))
+    warmup = _warmup(sampler, target.dim)
+    learned = warmup.init(target.dim)
+    adaptation = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_chains, *jnp.shape(x))), learned.step_size)
     if _is_unadjusted(sampler):
         tune = functools.partial(kernels.tune_unadjusted_mclmc, num_steps=max(num_warmup, 60))
         keys = jax.random.split(key_tune, num_chains)
-        states, learned = jax.vmap(lambda key, z: tune(key, z, target.log_density))(keys, states.position)
-    else:
-        learned = _warmup(sampler, target.dim).init(target.dim)
-    # Weak types in the first state would cost a second compilation.
-    state = ChainState(states, learned, jax.random.split(key_chains, num_chains), jnp.zeros((), int))
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state), finite
+        states, adaptation = jax.vmap(lambda key, z: tune(key, z, target.log_density))(keys, states.position)
+    chains = Chain(states, jax.random.split(key_chains, num_chains), adaptation)
+    return _strong(parallel.split(chains)), _strong(learned), _strong(warmup.tuning(learned)), finite
 
 
 def _explain(target: Target, z: Array) -> str:
@@ -207,56 +322,14 @@ def _explain(target: Target, z: Array) -> str:
     )
 
 
-@eqx.filter_jit
-def _advance(
-    target: Target, sampler: Sampler, state: ChainState, phases: Array
-) -> tuple[ChainState, tuple[Array, dict[str, Array]]]:
-    """All chains through one chunk of steps; the record has a leading step axis."""
-    kernel = _kernel(sampler)
-    warmup = _warmup(sampler, target.dim)
-    per_chain = _is_unadjusted(sampler)
-
-    def step(state: ChainState, phase: Array) -> tuple[ChainState, tuple[Array, dict[str, Array]]]:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-        tuning = state.warmup if per_chain else warmup.tuning(state.warmup, phase)
-        num_steps = kernel.length(jax.random.fold_in(keys[0], 1), tuning, target.dim)
-
-        def move(key: PRNGKey, chain: Any, tuning: Tuning) -> tuple[Any, dict[str, Array]]:
-            chain, stats = kernel.step(key, chain, target.log_density, tuning, num_steps)
-            return chain, stats | {"lp": chain.logdensity, "step_size": tuning.step_size}
-
-        chains, stats = jax.vmap(move, (0, 0, 0 if per_chain else None))(keys, state.kernel, tuning)
-        learned = state.warmup
-        if not per_chain:
-            learned = warmup.update(learned, phase, chains.position, chains.logdensity_grad, stats["acceptance_rate"])
-        return ChainState(chains, learned, state.keys, state.step + 1), (chains.position, stats)
-
-    return jax.lax.scan(step, state, phases)
-
-
-def _chunks(num_warmup: int, num_samples: int) -> Iterator[slice]:
-    """Slices of equal length where possible, so that one compilation serves all; never across the end of warm-up."""
-    length = _chunk_length(num_warmup, num_samples)
-    for start, stop in ((0, num_warmup), (num_warmup, num_warmup + num_samples)):
-        for begin in range(start, stop, length):
-            yield slice(begin, min(begin + length, stop))
-
-
-def _chunk_length(num_warmup: int, num_samples: int) -> int:
-    divisor = int(np.gcd(num_warmup, num_samples))
-    fitting = [length for length in range(100, 501) if divisor % length == 0]
-    return fitting[0] if fitting else max(min(num_samples, 500), 1)
-
-
-def _check_finite(record: tuple[np.ndarray, dict[str, np.ndarray]]) -> None:
+def _check_finite(record: dict[str, np.ndarray]) -> None:
     """Raises where a chain or one of its proposals met infinite density; the record keeps no trace of the check."""
-    z, stats = record
-    infinite = np.argwhere((stats["lp"] == np.inf) | stats.pop("infinite_density"))
+    infinite = np.argwhere((record["lp"] == np.inf) | record.pop("infinite_density"))
     if infinite.size:
-        step, chain = infinite[0]
+        chain, step = infinite[0]
         raise NonFiniteEnergyError(
             "The log density is +inf (an energy of -inf, infinite density) at or near the unconstrained point "
-            f"{z[step, chain].tolist()}: a chain never leaves such a point. Bound the energy from below."
+            f"{record['z'][chain, step].tolist()}: a chain never leaves such a point. Bound the energy from below."
         )
 
 
@@ -276,10 +349,9 @@ def _warn(attrs: dict[str, Any], num_draws: int) -> None:
         )
 
 
-def _summary(record: tuple[Array, dict[str, Array]]) -> str:
-    stats = record[1]
-    step_size = float(np.mean(stats["step_size"][-1]))
-    return f"step size {step_size:.2e}, {float(np.mean(stats['n_steps'])):.1f} leapfrogs a draw"
+def _summary(record: dict[str, np.ndarray], count: int) -> str:
+    step_size, leapfrogs = np.mean(record["step_size"][:, count - 1]), np.mean(record["n_steps"][:, :count])
+    return f"step size {step_size:.2e}, {leapfrogs:.1f} leapfrogs a draw"
 
 
 def _progress(name: str, total: int, enabled: bool) -> Any:

@@ -22,7 +22,7 @@ from numpyro.infer.util import initialize_model
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
 from ebm_ppl.target import Target, target
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
-from ebm_ppl.warmup import FROZEN, WarmupState, schedule, window_warmup
+from ebm_ppl.warmup import FAST, FROZEN, WINDOW_END, Warmup, WarmupState, schedule, window_warmup
 
 
 class AdaptState(NamedTuple):
@@ -176,12 +176,19 @@ class NumPyroKernel(MCMCKernel):
         phase = phases[jnp.minimum(state.i, self._num_warmup)]
         key, key_length, key_step = jax.random.split(state.rng_key, 3)
         learned = state.adapt_state.warmup
-        tuning = warmup.tuning(learned, phase)
+        current = jnp.exp(learned.step_size.log_step_size)
+        frozen = warmup.tuning(learned)
+        tuning = frozen._replace(step_size=jnp.where(phase == FROZEN, frozen.step_size, current))
         chain: Any = HMCState(at.ravel(state.z), -state.potential_energy, at.ravel(state.z_grad))  # pyright: ignore
         num_steps = kernel.length(key_length, tuning, at.dim)
         chain, stats = kernel.step(key_step, chain, at.log_density, tuning, num_steps)
-        learned = warmup.update(
-            learned, phase, chain.position[None], chain.logdensity_grad[None], stats["acceptance_rate"][None]
+        learned = jax.lax.cond(
+            phase == FROZEN,
+            lambda learned, *_: learned,
+            _learn(warmup, phase),
+            learned,
+            chain,
+            stats["acceptance_rate"],
         )
         return KernelState(
             state.i + 1,
@@ -195,3 +202,22 @@ class NumPyroKernel(MCMCKernel):
             AdaptState(tuning.step_size, learned),
             key,
         )
+
+
+def _learn(warmup: Warmup, phase: Array) -> Callable[[WarmupState, Any, Array], WarmupState]:
+    """What one step of the chain teaches, in a phase of the warm-up."""
+
+    def learn(learned: WarmupState, chain: Any, acceptance: Array) -> WarmupState:
+        step_size = warmup.adapt(learned.step_size, acceptance)
+        metric = jax.lax.cond(
+            phase == FAST,
+            lambda metric, *_: metric,
+            warmup.add,
+            learned.metric,
+            chain.position[None],
+            chain.logdensity_grad[None],
+        )
+        learned = WarmupState(step_size, metric, learned.scale)
+        return jax.lax.cond(phase == WINDOW_END, warmup.close, lambda learned: learned, learned)
+
+    return learn

@@ -1,6 +1,6 @@
 """Warm-up in windows, pooled over chains: one step size and one metric for all, from BlackJAX's own pieces.
 
-    step size   dual averaging on the mean acceptance of the chains
+    step size   dual averaging on each chain, averaged over the chains at the end of each stretch
     metric      inverse mass matrix `L L'` from all draws of a window; windows double in length, as Stan's do
 
 With four chains a window carries four times the information, and trajectories of the chains agree better in length.
@@ -34,18 +34,24 @@ MOST_DENSE = 300
 MAX_RANK = 20
 BUFFER = 512
 """Draws that the low-rank metric is learned from."""
+DAMPING, DAMPING_DELAY = 0.1, 20
+"""Twice Stan's. A step size that swings wide is too small on average, and a mean over chains keeps that bias."""
 KEEP = (0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
 """Candidates for the share of the correlations that a dense metric keeps."""
 
 
 class Warmup(NamedTuple):
-    """Pure functions for use in a compiled loop; chains lie along the first axis of every argument of `update`."""
+    """Pure functions for use in compiled code."""
 
     init: Callable[[int], Any]
-    update: Callable[[Any, Array, Array, Array, Array], Any]
-    """`(state, phase, positions, gradients, acceptance) -> state`"""
-    tuning: Callable[[Any, Array], Tuning]
-    """What to use in a phase: the current step size, or where FROZEN its average."""
+    adapt: Callable[[Any, Array], Any]
+    """`(step_size, acceptance) -> step_size`: dual averaging after each step of a chain."""
+    add: Callable[[Any, Array, Array], Any]
+    """`(metric, positions, gradients) -> metric`: one step of the chains, which lie along the first axis."""
+    close: Callable[[Any], Any]
+    """The state after the end of a window: its scale, a new metric, and dual averaging started again."""
+    tuning: Callable[[Any], Tuning]
+    """What to use once the warm-up is over: the average step size, and the scale."""
 
 
 class WarmupState(NamedTuple):
@@ -71,34 +77,39 @@ def schedule(num_warmup: int) -> np.ndarray:
     return stages[:, 0] + stages[:, 1]
 
 
+def windows(num_warmup: int) -> list[tuple[int, bool]]:
+    """Length of each stretch of the warm-up, and whether it is a window, at whose end a metric is learned."""
+    phases = schedule(num_warmup)
+    fast = phases == FAST
+    cuts = np.flatnonzero((phases[:-1] == WINDOW_END) | (fast[:-1] != fast[1:])) + 1
+    return [(len(stretch), bool(stretch[0] != FAST)) for stretch in np.split(phases, cuts) if len(stretch)]
+
+
 def window_warmup(target_accept: float, metric: Metric, dim: int) -> Warmup:
     """Stan's warm-up in windows, pooled over chains; see the module docstring."""
-    da_init, da_update, da_final = dual_averaging_adaptation(target_accept)
+    da_init, da_update, da_final = dual_averaging_adaptation(target_accept, t0=DAMPING_DELAY, gamma=DAMPING)
     estimator = _estimator(metric, dim)
 
     def init(dim: int) -> WarmupState:
         return WarmupState(jax.tree.map(jnp.asarray, da_init(1.0)), *estimator.init(dim))
 
-    def learn(state: WarmupState, phase: Array, positions: Array, gradients: Array, acceptance: Array) -> WarmupState:
-        state = state._replace(step_size=da_update(state.step_size, jnp.mean(acceptance)))
-        metric = jax.lax.cond(
-            phase == FAST, lambda metric, *_: metric, estimator.add, state.metric, positions, gradients
-        )
-        return jax.lax.cond(phase == WINDOW_END, close, lambda state: state, state._replace(metric=metric))
-
     def close(state: WarmupState) -> WarmupState:
         restarted = jax.tree.map(jnp.asarray, da_init(da_final(state.step_size)))
         return WarmupState(restarted, *estimator.close(state.metric))
 
-    def update(state: WarmupState, phase: Array, positions: Array, gradients: Array, acceptance: Array) -> WarmupState:
-        arguments = (state, phase, positions, gradients, acceptance)
-        return jax.lax.cond(phase == FROZEN, lambda state, *_: state, learn, *arguments)
+    def tuning(state: WarmupState) -> Tuning:
+        return Tuning(da_final(state.step_size), state.scale)
 
-    def tuning(state: WarmupState, phase: Array) -> Tuning:
-        averaged, current = da_final(state.step_size), jnp.exp(state.step_size.log_step_size)
-        return Tuning(jnp.where(phase == FROZEN, averaged, current), state.scale)
+    return Warmup(init, da_update, estimator.add, close, tuning)
 
-    return Warmup(init, update, tuning)
+
+def pooled(step_sizes: list[Any]) -> Any:
+    """The mean of the dual averaging of several chains, which lie along the leading axis of each part."""
+
+    def mean(*parts: Array) -> Array:
+        return jnp.mean(jnp.concatenate(parts), axis=0).astype(parts[0].dtype)
+
+    return jax.tree.map(mean, *step_sizes)
 
 
 def _estimator(metric: Metric, dim: int) -> Estimator:

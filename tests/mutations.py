@@ -165,8 +165,8 @@ MUTATIONS = (
     Mutation(
         "warm-up goes on while sampling",
         "mcmc.py",
-        "np.full(num_samples * thin, FROZEN)",
-        "np.full(num_samples * thin, FROZEN - 2)",
+        "warming_up: bool = False",
+        "warming_up: bool = True",
         ("test_mcmc.py::test_sample_stats_have_the_names_of_arviz[NUTS]",),
     ),
     Mutation(

@@ -109,7 +109,8 @@ def test_thinning_keeps_every_third_draw_from_the_third_on():
 
 def test_chunking_changes_nothing(monkeypatch):
     whole, _ = _draws(ebm.NUTS())
-    monkeypatch.setattr(mcmc, "_chunk_length", lambda *lengths: 37)
+    monkeypatch.setattr(mcmc, "FIRST_PIECE", 7)
+    monkeypatch.setattr(mcmc, "PIECE_SECONDS", 1e-4)
     pieces, _ = _draws(ebm.NUTS())
     np.testing.assert_array_equal(pieces.z, whole.z)
 

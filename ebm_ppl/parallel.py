@@ -1,0 +1,85 @@
+"""A function of one chain (or of one run) over all of them: by a thread for each core on the CPU, elsewhere vectorised.
+
+    parts = split(batch)                            each part keeps its leading axis
+    parts, results = zip(*over(f, parts, shared))   f(one, *shared) on every member of every part
+    batch = join(parts)
+
+An accelerator wants one large batch. A processor does not: a batch makes each step together, so it waits for its
+longest trajectory, and small operations leave all cores but one idle.
+
+Threads only ever run compiled programs. The handlers of NumPyro are one stack for the whole process, so that models
+must be traced in one thread, which `jax.jit` does not promise; hence the cache of compiled programs here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MOST_CALLS = 16
+"""Parts on the CPU; a larger batch has several members in each. No matter on which machine, so that draws agree."""
+
+
+def split(batch: Any) -> list[Any]:
+    """Equal parts of a batch along the leading axis: its members, or several members each where it is large."""
+    num = len(jax.tree.leaves(batch)[0])
+    parts = max(d for d in range(1, MOST_CALLS + 1) if num % d == 0) if jax.default_backend() == "cpu" else 1
+    size = num // parts
+    return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(parts)]
+
+
+def join(parts: list[Any]) -> Any:
+    """The batch of these parts, on the device."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def over(function: Callable, parts: list[Any], *shared: Any) -> list[Any]:
+    """`function(member, *shared)` for each member of each part, with the leading axis of its part.
+
+    Args:
+        function: pure, defined at the top of a module, from arrays to arrays.
+        shared: arrays and hashable settings, the same for all.
+    """
+    arrays = [eqx.filter((part, shared), _is_array) for part in parts]
+    settings = eqx.filter((parts[0], shared), _is_array, inverse=True)
+    leaves, structure = jax.tree.flatten(settings)
+    avals, aval_structure = jax.tree.flatten(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays[0]))
+    program = _program(function, tuple(leaves), structure, tuple(avals), aval_structure, *_context())
+    if len(parts) == 1:
+        return [program(arrays[0])]
+    with ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda part: jax.block_until_ready(program(part)), arrays))
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
+def _context() -> tuple:
+    """What else a compiled program depends on."""
+    return jax.config.jax_enable_x64, jax.config.jax_default_device, jax.config.jax_default_matmul_precision  # pyright: ignore
+
+
+@functools.lru_cache(maxsize=64)
+def _program(
+    function: Callable, settings: tuple, structure: Any, avals: tuple, aval_structure: Any, *context: Any
+) -> Callable:
+    settings = jax.tree.unflatten(structure, settings)
+
+    def call(arrays: Any) -> Any:
+        part, shared = eqx.combine(arrays, settings)
+        if len(jax.tree.leaves(part)[0]) > 1:
+            return jax.vmap(lambda member: function(member, *shared))(part)
+        result = function(jax.tree.map(lambda x: x[0], part), *shared)
+        return jax.tree.map(lambda x: x[None], result)
+
+    arguments = jax.tree.unflatten(aval_structure, avals)
+    return jax.jit(call).lower(arguments).compile()
