@@ -28,10 +28,10 @@ MOST_CALLS = 16
 """Parts on the CPU; a larger batch has several members in each. No matter on which machine, so that draws agree."""
 
 
-def split(batch: Any) -> list[Any]:
-    """Equal parts of a batch along the leading axis: its members, or several members each where it is large."""
+def split(batch: Any, most: int = MOST_CALLS) -> list[Any]:
+    """Equal parts of a batch along the leading axis: its members, or several members each where these are many."""
     num = len(jax.tree.leaves(batch)[0])
-    parts = max(d for d in range(1, MOST_CALLS + 1) if num % d == 0) if jax.default_backend() == "cpu" else 1
+    parts = max(d for d in range(1, most + 1) if num % d == 0) if jax.default_backend() == "cpu" else 1
     size = num // parts
     return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(parts)]
 
@@ -55,8 +55,13 @@ def over(function: Callable, parts: list[Any], *shared: Any) -> list[Any]:
     program = _program(function, tuple(leaves), structure, tuple(avals), aval_structure, *_context())
     if len(parts) == 1:
         return [program(arrays[0])]
-    with ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(len(parts), _num_cores())) as pool:
         return list(pool.map(lambda part: jax.block_until_ready(program(part)), arrays))
+
+
+def _num_cores() -> int:
+    """Cores that this process may use, which a container or a batch system may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_array(x: Any) -> bool:

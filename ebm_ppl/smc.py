@@ -12,7 +12,7 @@ is learned from the cloud, **crosswise**: each half of the particles moves by th
 of the very particles that it moves would favour the directions in which they happen to spread, and biases log Z (by
 -.012 a stage for 1000 particles of a Gaussian in 32 dimensions).
 
-Everything is written for one run and vectorised over independent runs.
+Everything is written for one run; `parallel.py` takes it over independent runs.
 
 The standard error comes from the genealogy (Lee and Whiteley 2018): with S_k the weight that descends from the k-th
 initial particle, the relative variance of Z is estimated by sum_k (S_k - 1/N)^2 less what resampling alone adds. In
@@ -25,7 +25,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +33,7 @@ from blackjax.smc.resampling import systematic
 from blackjax.smc.solver import dichotomy
 from jax.scipy.special import logsumexp
 
+from ebm_ppl import parallel
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, Tuning
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, check_start, phase_estimates
@@ -122,16 +122,18 @@ def run(key: PRNGKey, target: Target, sampler: SMC, *, num_runs: int = 1, progre
     """
     target.require_tractable()
     target.require_reference()
-    keys = jax.random.split(key, num_runs)
-    clouds = _initial(keys, target, sampler)
+    keys = parallel.split(jax.random.split(key, num_runs), most=num_runs)
+    clouds = parallel.over(_initial, keys, target, sampler)
     log_z, infos = {}, []
     for phase in _phases(target):
         tempered = target.prior() if phase == "prior" else target
-        clouds = _enter(tempered, phase, clouds)
-        check_start(np.asarray(clouds.energy), phase)
+        clouds = parallel.over(_enter, clouds, tempered, phase)
+        check_start(np.concatenate([cloud.energy for cloud in clouds]), phase)
         clouds, passed = _run_phase(keys, tempered, sampler, phase, clouds, len(infos), progress_bar)
-        log_z |= phase_estimates(phase, passed, num_runs, clouds.z.dtype)
+        log_z |= phase_estimates(phase, passed, num_runs, clouds[0].z.dtype)
         infos += passed
+    final = jax.tree.map(lambda *parts: np.concatenate(parts), *[(c.z, c.weighted, c.log_weight) for c in clouds])
+    z, weighted, log_weight = final
     path = as_path(infos, num_runs)
     path["role"] = np.array([phase != "prior" for phase, _ in infos], dtype=np.int8)
     attrs = {
@@ -143,8 +145,8 @@ def run(key: PRNGKey, target: Target, sampler: SMC, *, num_runs: int = 1, progre
         "num_evaluations": float(np.nansum(path["num_evaluations"])),
         "largest_mean_energy": float(np.nanmax(np.abs(path["mean_energy"][:, -1:]), initial=0.0)),
     }
-    particles = {"z": clouds.weighted, "log_weight": clouds.log_weight}
-    return Draws(clouds.z, {}, attrs, particles=particles, stages=path, log_z=log_z)
+    particles = {"z": weighted, "log_weight": log_weight}
+    return Draws(z, {}, attrs, particles=particles, stages=path, log_z=log_z)
 
 
 def _phases(target: Target) -> list[str]:
@@ -159,29 +161,20 @@ def _phases(target: Target) -> list[str]:
     return ["prior"] * bool(prior) + ["data"] * has_data
 
 
-@eqx.filter_jit
-def _initial(keys: Array, target: Target, sampler: SMC) -> Cloud:
-    def one(key: PRNGKey) -> Cloud:
-        num = sampler.num_particles
-        z = jax.vmap(target.sample_reference)(jax.random.split(jax.random.fold_in(key, 0), num))
-        zero, zeros = jnp.zeros((), z.dtype), jnp.zeros(num, z.dtype)
-        share = jnp.full(num, 1.0 / num, z.dtype)
-        step_size = zero + target.dim**-0.25
-        return Cloud(z, zeros, zeros, jnp.arange(num), zero, step_size, zero, zero, share, z, jnp.log(share), zero)
-
-    return jax.vmap(one)(keys)
+def _initial(key: PRNGKey, target: Target, sampler: SMC) -> Cloud:
+    num = sampler.num_particles
+    z = jax.vmap(target.sample_reference)(jax.random.split(jax.random.fold_in(key, 0), num))
+    zero, zeros = jnp.zeros((), z.dtype), jnp.zeros(num, z.dtype)
+    share = jnp.full(num, 1.0 / num, z.dtype)
+    step_size = zero + target.dim**-0.25
+    return Cloud(z, zeros, zeros, jnp.arange(num), zero, step_size, zero, zero, share, z, jnp.log(share), zero)
 
 
-@eqx.filter_jit
-def _enter(target: Target, phase: str, clouds: Cloud) -> Cloud:
+def _enter(cloud: Cloud, target: Target, phase: str) -> Cloud:
     """The same particles at the start of another phase."""
-
-    def one(cloud: Cloud) -> Cloud:
-        base, energy = jax.vmap(lambda z: _split(target, phase, z))(cloud.z)
-        zero = jnp.zeros_like(cloud.log_z)
-        return cloud._replace(base=base, energy=energy, beta=zero, log_z=zero, variance=zero)
-
-    return jax.vmap(one)(clouds)
+    base, energy = jax.vmap(lambda z: _split(target, phase, z))(cloud.z)
+    zero = jnp.zeros_like(cloud.log_z)
+    return cloud._replace(base=base, energy=energy, beta=zero, log_z=zero, variance=zero)
 
 
 def _split(target: Target, phase: str, z: Array) -> tuple[Array, Array]:
@@ -193,39 +186,40 @@ def _split(target: Target, phase: str, z: Array) -> tuple[Array, Array]:
 
 
 def _run_phase(
-    keys: Array, target: Target, sampler: SMC, phase: str, clouds: Cloud, first: int, progress_bar: bool
-) -> tuple[Cloud, list[tuple[str, StageInfo]]]:
+    keys: list[Array], target: Target, sampler: SMC, phase: str, clouds: list[Cloud], first: int, progress_bar: bool
+) -> tuple[list[Cloud], list[tuple[str, StageInfo]]]:
+    """All runs to the end of a phase; a run that is there leaves the rest of its record NaN."""
     from tqdm.auto import tqdm
 
     infos: list[tuple[str, StageInfo]] = []
     with tqdm(total=1.0, desc=f"SMC {phase}", disable=not progress_bar, bar_format=_BAR) as bar:
-        while True:
-            stage = first + len(infos) + 1
-            clouds, info = _stage(keys, target, sampler, phase, clouds, jnp.asarray(stage))
-            info = jax.device_get(info)
+        while under_way := [i for i, cloud in enumerate(clouds) if np.any(np.asarray(cloud.beta) < 1.0)]:
+            stage = np.array(first + len(infos) + 1)
+            members = [(keys[i], clouds[i]) for i in under_way]
+            results = parallel.over(_stage, members, target, sampler, phase, stage)
+            parts: list[Any] = [[np.full(len(cloud.beta), np.nan)] * len(StageInfo._fields) for cloud in clouds]
+            for i, (cloud, info) in zip(under_way, jax.device_get(results), strict=True):
+                clouds[i], parts[i] = cloud, info
+            info: Any = StageInfo(*map(np.concatenate, zip(*parts, strict=True)))  # pyright: ignore
             check(info, phase, len(infos) + 1, sampler.num_particles, sampler.max_stages)
             infos.append((phase, info))
-            beta = np.asarray(clouds.beta)
-            bar.n = round(float(beta.min()), 4)
+            bar.n = round(float(min(np.min(cloud.beta) for cloud in clouds)), 4)
             bar.set_postfix_str(f"stage {len(infos)}, accepted {np.nanmean(info.accept_rate):.2f}")
-            if np.all(beta >= 1.0):
-                return clouds, infos
+    return clouds, infos
 
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
-@eqx.filter_jit
 def _stage(
-    keys: Array, target: Target, sampler: SMC, phase: str, clouds: Cloud, stage: Array
+    member: tuple[PRNGKey, Cloud], target: Target, sampler: SMC, phase: str, stage: Array
 ) -> tuple[Cloud, StageInfo]:
-    def one(key: PRNGKey, cloud: Cloud) -> tuple[Cloud, StageInfo]:
-        after, info = _one_stage(jax.random.fold_in(key, stage), target, sampler, phase, cloud)
-        done = cloud.beta >= 1.0
-        kept = jax.tree.map(lambda new, old: jnp.where(done, old, new), after, cloud)
-        return kept, jax.tree.map(lambda x: jnp.where(done, jnp.nan, x), info)
-
-    return jax.vmap(one)(keys, clouds)
+    """One stage of a run, or none if it is done: some of its part may be."""
+    key, cloud = member
+    after, info = _one_stage(jax.random.fold_in(key, stage), target, sampler, phase, cloud)
+    done = cloud.beta >= 1.0
+    kept = jax.tree.map(lambda new, old: jnp.where(done, old, new), after, cloud)
+    return kept, jax.tree.map(lambda x: jnp.where(done, jnp.nan, x), info)
 
 
 def _one_stage(key: PRNGKey, target: Target, sampler: SMC, phase: str, cloud: Cloud) -> tuple[Cloud, StageInfo]:

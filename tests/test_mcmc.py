@@ -13,8 +13,6 @@ from problems import CHAINS, PROBLEMS
 import ebm_ppl as ebm
 from ebm_ppl import mcmc
 
-pytestmark = pytest.mark.slow  # minutes each: run with -m slow
-
 SAMPLERS = {"NUTS": ebm.NUTS(), "HMC": ebm.HMC(), "MALA": ebm.MALA(), "MCLMC": ebm.MCLMC()}
 PAIRS = [(sampler, name) for name, problem in PROBLEMS.items() for sampler in CHAINS if sampler in problem.samplers]
 NUM_SCORES = sum(2 * np.size(mean) for _, name in PAIRS for mean in PROBLEMS[name].means.values())
