@@ -239,7 +239,12 @@ def _start(
         start = target.sample_reference
     elif init != "uniform":
         raise EnergyError(f"init is 'uniform', 'reference' or a dictionary of values by site; got {init!r}.")
-    parts, learned, tuning, finite = _first_finite(key, target, sampler, num_chains, num_warmup, start)
+    settings = key, target, sampler, num_chains, num_warmup, start
+    parts, _, tuning, _ = eqx.filter_eval_shape(_shapes_of_first_finite, *settings)
+    one_key = jax.eval_shape(lambda keys: keys[0], parts[0].key)
+    # The steps take longest to compile, so that begins before the search for starting points.
+    parallel.prepare(_advance, parts[0], target, sampler, tuning, one_key, np.array([0, 0]), np.array(False))
+    parts, learned, tuning, finite = _first_finite(*settings)
     if not bool(jnp.all(finite)):
         positions = np.concatenate([part.kernel.position for part in parts])
         raise NonFiniteEnergyError(
@@ -303,6 +308,10 @@ def _first_finite(
         states, adaptation = jax.vmap(lambda key, z: tune(key, z, target.log_density))(keys, states.position)
     chains = Chain(states, jax.random.split(key_chains, num_chains), adaptation)
     return _strong(parallel.split(chains)), _strong(learned), _strong(warmup.tuning(learned)), finite
+
+
+_shapes_of_first_finite = eqx.filter_jit(_first_finite.__wrapped__)
+"""For `eval_shape` alone: jitted so that a model is not traced again for new data of the same shape."""
 
 
 def _explain(target: Target, z: Array) -> str:

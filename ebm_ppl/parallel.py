@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import equinox as eqx
@@ -26,6 +26,7 @@ import numpy as np
 
 MOST_CALLS = 16
 """Parts on the CPU; a larger batch has several members in each. No matter on which machine, so that draws agree."""
+_COMPILER = ThreadPoolExecutor(1)
 
 
 def split(batch: Any, most: int = MOST_CALLS) -> list[Any]:
@@ -48,15 +49,20 @@ def over(function: Callable, parts: list[Any], *shared: Any) -> list[Any]:
         function: pure, defined at the top of a module, from arrays to arrays.
         shared: arrays and hashable settings, the same for all.
     """
+    program = prepare(function, parts[0], *shared).result()
     arrays = [eqx.filter((part, shared), _is_array) for part in parts]
-    settings = eqx.filter((parts[0], shared), _is_array, inverse=True)
-    leaves, structure = jax.tree.flatten(settings)
-    avals, aval_structure = jax.tree.flatten(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays[0]))
-    program = _program(function, tuple(leaves), structure, tuple(avals), aval_structure, *_context())
     if len(parts) == 1:
         return [program(arrays[0])]
     with ThreadPoolExecutor(min(len(parts), _num_cores())) as pool:
         return list(pool.map(lambda part: jax.block_until_ready(program(part)), arrays))
+
+
+def prepare(function: Callable, part: Any, *shared: Any) -> Future:
+    """Traces what `over` will run, and compiles it in the background; shapes may stand for arrays."""
+    leaves, structure = jax.tree.flatten(eqx.filter((part, shared), _is_array, inverse=True))
+    arrays = eqx.filter((part, shared), _is_array)
+    avals, aval_structure = jax.tree.flatten(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays))
+    return _program(function, tuple(leaves), structure, tuple(avals), aval_structure, *_context())
 
 
 def _num_cores() -> int:
@@ -65,7 +71,7 @@ def _num_cores() -> int:
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | np.generic)
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def _context() -> tuple:
@@ -76,7 +82,7 @@ def _context() -> tuple:
 @functools.lru_cache(maxsize=64)
 def _program(
     function: Callable, settings: tuple, structure: Any, avals: tuple, aval_structure: Any, *context: Any
-) -> Callable:
+) -> Future:
     settings = jax.tree.unflatten(structure, settings)
 
     def call(arrays: Any) -> Any:
@@ -87,4 +93,4 @@ def _program(
         return jax.tree.map(lambda x: x[None], result)
 
     arguments = jax.tree.unflatten(aval_structure, avals)
-    return jax.jit(call).lower(arguments).compile()
+    return _COMPILER.submit(jax.jit(call).lower(arguments).compile)
