@@ -33,8 +33,9 @@ Sampler = NUTS | HMC | MALA | MCLMC
 START_TRIES = 100
 START_RADIUS = 2.0
 FIRST_PIECE = 100
-CAPACITY = 500
-"""Most steps in one piece: what a compiled function has room for."""
+LONGEST_PIECE = 500
+LARGEST_RECORD = 2**23
+"""Most numbers in the record of a chain's positions."""
 PIECE_SECONDS = 0.25
 
 
@@ -172,10 +173,10 @@ def _strong(tree: Any) -> Any:
 def _steps(
     target: Target, sampler: Sampler, state: ChainState, length: int, bar: Any, *, warming_up: bool = False
 ) -> Iterator[tuple[ChainState, dict[str, np.ndarray], int]]:
-    """Makes steps in pieces: the state after each, its record (chain, CAPACITY, ...), and how many steps that holds."""
-    piece, done = FIRST_PIECE, 0
+    """Makes steps in pieces: the state after each, its record (chain, capacity, ...), and how many steps that holds."""
+    piece, done, capacity = FIRST_PIECE, 0, _capacity(target.dim)
     while done < length:
-        count, start = min(piece, length - done), time.perf_counter()
+        count, start = min(piece, length - done, capacity), time.perf_counter()
         shared = target, sampler, state.tuning, state.parts[0].key[0]
         limits = np.array([state.step, count])
         results = parallel.over(_advance, state.parts, *shared, limits, np.array(warming_up))
@@ -185,15 +186,20 @@ def _steps(
         bar.update(count)
         if not bar.disable:
             bar.set_postfix_str(_summary(record, count), refresh=False)
-        yield state, record, count
         done += count
-        piece = int(np.clip(count * PIECE_SECONDS / (time.perf_counter() - start), 1, CAPACITY))
+        piece = int(np.clip(count * PIECE_SECONDS / (time.perf_counter() - start), 1, capacity))
+        yield state, record, count
+
+
+def _capacity(dim: int) -> int:
+    """Most steps in one piece: what the compiled function has room for."""
+    return int(np.clip(LARGEST_RECORD // dim, 1, LONGEST_PIECE))
 
 
 def _advance(
     chain: Chain, target: Target, sampler: Sampler, tuning: Tuning, shared_key: Array, limits: Array, warming_up: Array
 ) -> tuple[Chain, dict[str, Array]]:
-    """One chain through `count` steps from number `first` on, and a record with room for `CAPACITY` of them."""
+    """One chain through `count` steps from number `first` on, and a record with room for more."""
     first, count = limits
     kernel, adapt = _kernel(sampler), None if _is_unadjusted(sampler) else _warmup(sampler, target.dim).adapt
 
@@ -219,7 +225,7 @@ def _advance(
         return chain, {name: records[name].at[i].set(x) for name, x in record.items()}
 
     _, shapes = jax.eval_shape(step, chain, first)
-    empty = {name: jnp.zeros((CAPACITY, *x.shape), x.dtype) for name, x in shapes.items()}
+    empty = {name: jnp.zeros((_capacity(target.dim), *x.shape), x.dtype) for name, x in shapes.items()}
     return jax.lax.fori_loop(0, count, body, (chain, empty))
 
 

@@ -1,8 +1,7 @@
 """A function of one chain (or of one run) over all of them: by a thread for each core on the CPU, elsewhere vectorised.
 
     parts = split(batch)                            each part keeps its leading axis
-    parts, results = zip(*over(f, parts, shared))   f(one, *shared) on every member of every part
-    batch = join(parts)
+    results = over(f, parts, *shared)               f(member, *shared) on every member of every part
 
 An accelerator wants one large batch. A processor does not: a batch makes each step together, so it waits for its
 longest trajectory, and small operations leave all cores but one idle.
@@ -21,7 +20,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 MOST_CALLS = 16
@@ -35,11 +33,6 @@ def split(batch: Any, most: int = MOST_CALLS) -> list[Any]:
     parts = max(d for d in range(1, most + 1) if num % d == 0) if jax.default_backend() == "cpu" else 1
     size = num // parts
     return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(parts)]
-
-
-def join(parts: list[Any]) -> Any:
-    """The batch of these parts, on the device."""
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def over(function: Callable, parts: list[Any], *shared: Any) -> list[Any]:

@@ -36,7 +36,7 @@ from jax.scipy.special import logsumexp
 from ebm_ppl import parallel
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, Tuning
 from ebm_ppl.scale import DenseScale
-from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, check_start, phase_estimates
+from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, check_start, final_values, phase_estimates
 from ebm_ppl.target import Target
 from ebm_ppl.typing import (
     Array,
@@ -143,7 +143,7 @@ def run(key: PRNGKey, target: Target, sampler: SMC, *, num_runs: int = 1, progre
         "adjusted": 1,
         "num_nan_energy": int(np.nansum(path["num_nan"])),
         "num_evaluations": float(np.nansum(path["num_evaluations"])),
-        "largest_mean_energy": float(np.nanmax(np.abs(path["mean_energy"][:, -1:]), initial=0.0)),
+        "largest_mean_energy": float(np.max(np.abs(final_values(path["mean_energy"])), initial=0.0)),
     }
     particles = {"z": weighted, "log_weight": log_weight}
     return Draws(z, {}, attrs, particles=particles, stages=path, log_z=log_z)

@@ -3,6 +3,7 @@
 StageInfo          diagnostics of one stage
 check              errors about the numbers of a stage, naming it
 as_path            diagnostics as (run, stage) arrays
+final_values       of the last stage of each run
 phase_estimates    value and standard error of a phase's log Z for each run
 """
 
@@ -79,14 +80,20 @@ def as_path(stages: list[tuple[str, StageInfo]], num_runs: int) -> dict[str, np.
     return {field: np.stack([getattr(info, field) for _, info in stages], axis=1) for field in fields}
 
 
+def final_values(stages: np.ndarray) -> np.ndarray:
+    """The value of each run's last stage, from (run, stage) with NaN where a run made no stage."""
+    if stages.shape[1] == 0:
+        return np.zeros(len(stages))
+    last = stages.shape[1] - 1 - np.argmin(np.isnan(stages[:, ::-1]), axis=1)
+    return np.take_along_axis(stages, last[:, None], axis=1)[:, 0]
+
+
 def phase_estimates(phase: str, infos: list[tuple[str, StageInfo]], num_runs: int, dtype: Any) -> dict[str, np.ndarray]:
     """Value and standard error of a phase's log Z for each run; what rounding of the energies adds is included."""
     path = as_path(infos, num_runs)
-    last = np.isfinite(path["beta"]).sum(axis=1) - 1
-    final = {name: np.take_along_axis(path[name], last[:, None], axis=1)[:, 0] for name in StageInfo._fields}
-    rounding = np.finfo(dtype).eps * np.abs(final["mean_energy"])
+    rounding = np.finfo(dtype).eps * np.abs(final_values(path["mean_energy"]))
     value = np.nansum(path["log_z_increment"].astype(float), axis=1)
-    std_error = np.hypot(final["log_z_std_error"], rounding)
+    std_error = np.hypot(final_values(path["log_z_std_error"]), rounding)
     if phase == "joint":
         known = {"prior_value": np.zeros(num_runs), "prior_std_error": np.zeros(num_runs)}
         return known | {"data_value": value, "data_std_error": std_error}
