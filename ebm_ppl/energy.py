@@ -37,7 +37,12 @@ class Energy(eqx.Module):
     def __mul__(self, factor: ArrayLike) -> ScaledEnergy:
         return ScaledEnergy(self, factor)
 
-    __radd__ = __add__
+    def __radd__(self, other: Callable[[Array], Array] | int) -> Energy:
+        """From the right; `sum` starts from the number zero."""
+        if callable(other):
+            return SumEnergy((other, self))
+        return self if other == 0 else NotImplemented
+
     __rmul__ = __mul__
 
 

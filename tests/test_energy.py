@@ -36,6 +36,7 @@ CLOSED_FORMS = {
     "scaled": (2.5 * QUADRATIC, lambda x: 2.5 * quadratic(x)),
     "scaled from the right": (QUADRATIC * 2.5, lambda x: 2.5 * quadratic(x)),
     "nested": (0.5 * (QUADRATIC + 3.0 * SQUARE), lambda x: 0.5 * quadratic(x) + 1.5 * square(x)),
+    "sum of a list": (sum([QUADRATIC, 2.0 * QUADRATIC]), lambda x: 3 * quadratic(x)),
     "three terms": (ebm_ppl.SumEnergy((square, square, QUADRATIC)), lambda x: 2 * square(x) + quadratic(x)),
 }
 
@@ -128,3 +129,8 @@ def test_a_constant_factor_is_checked_inside_jit_too():
     np.testing.assert_allclose(jax.jit(lambda x: (2.0 * SQUARE)(x))(X), 2 * square(X))
     with pytest.raises(ebm_ppl.EnergyError, match="non-negative"):
         jax.jit(lambda x: (np.float64(-2.0) * SQUARE)(x))(X)
+
+
+def test_a_number_is_no_energy():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        1 + ebm_ppl.FunctionEnergy(jnp.square)
