@@ -51,9 +51,9 @@ def check_tails(target: Target, *, needs_normalisation: bool) -> None:
     rising = ok & ~np.any(steps[:, far] < -rounding[:, far], axis=1)
     if np.any(rising):
         message = (
-            f"The log density does not fall, out to distance {FAR[-1]:g}, along {rising.sum()} of {NUM_RAYS} random rays "
-            f"in unconstrained space, so it cannot be normalised. Energies in the model: {', '.join(map(repr, suspects))}."
-            " Is the sign of one flipped (an energy is low where probability is high)? Otherwise bound it from below, "
+            f"The log density does not fall, out to distance {FAR[-1]:g}, along {rising.sum()} of {NUM_RAYS} rays in "
+            f"unconstrained space: it cannot be normalised. Energies in the model: {', '.join(map(repr, suspects))}. "
+            "Is the sign of one flipped (an energy is low where probability is high)? Otherwise bound it from below, "
             "or give the latent sites a base that falls faster."
         )
         if needs_normalisation:
