@@ -1,5 +1,6 @@
 """Energy-based models in Bayesian modelling: energies in NumPyro models, BlackJAX samplers, ArviZ results."""
 
+from ebm_ppl import xla  # noqa: F401  # first, since it is in time only before the import of BlackJAX
 from ebm_ppl.distribution import EnergyDistribution, energy_factor
 from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, ScaledEnergy, SumEnergy
 from ebm_ppl.inference import log_z, posterior_predictive, prior_predictive, read_log_z, sample

@@ -33,7 +33,7 @@ Sampler = NUTS | HMC | MALA | MCLMC
 START_TRIES = 100
 START_RADIUS = 2.0
 FIRST_PIECE = 100
-LONGEST_PIECE = 500
+LONGEST_PIECE = 2000
 LARGEST_RECORD = 2**23
 """Most numbers in the record of a chain's positions."""
 PIECE_SECONDS = 0.25

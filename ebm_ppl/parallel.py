@@ -22,6 +22,8 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from ebm_ppl.xla import compiler_options
+
 MOST_CALLS = 16
 """Parts on the CPU; a larger batch has several members in each. No matter on which machine, so that draws agree."""
 _COMPILER = ThreadPoolExecutor(1)
@@ -43,24 +45,26 @@ def over(function: Callable, parts: list[Any], *shared: Any) -> list[Any]:
         shared: arrays and hashable settings, the same for all.
     """
     program = prepare(function, parts[0], *shared).result()
-    arrays = [eqx.filter((part, shared), _is_array) for part in parts]
+    shared = eqx.filter(shared, _is_array)
     if len(parts) == 1:
-        return [program(arrays[0])]
-    with ThreadPoolExecutor(min(len(parts), _num_cores())) as pool:
-        return list(pool.map(lambda part: jax.block_until_ready(program(part)), arrays))
+        return [program(parts[0], shared)]
+    return list(_runners().map(lambda part: jax.block_until_ready(program(part, shared)), parts))
 
 
 def prepare(function: Callable, part: Any, *shared: Any) -> Future:
     """Traces what `over` will run, and compiles it in the background; shapes may stand for arrays."""
-    leaves, structure = jax.tree.flatten(eqx.filter((part, shared), _is_array, inverse=True))
-    arrays = eqx.filter((part, shared), _is_array)
-    avals, aval_structure = jax.tree.flatten(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays))
+    arrays, settings = eqx.partition(shared, _is_array)
+    leaves, structure = jax.tree.flatten(settings)
+    avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (part, arrays))
+    avals, aval_structure = jax.tree.flatten(avals)
     return _program(function, tuple(leaves), structure, tuple(avals), aval_structure, *_context())
 
 
-def _num_cores() -> int:
-    """Cores that this process may use, which a container or a batch system may have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@functools.cache
+def _runners() -> ThreadPoolExecutor:
+    """A thread for each core that this process may use, which a container or a batch system may have limited."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ThreadPoolExecutor(cores)
 
 
 def _is_array(x: Any) -> bool:
@@ -78,12 +82,13 @@ def _program(
 ) -> Future:
     settings = jax.tree.unflatten(structure, settings)
 
-    def call(arrays: Any) -> Any:
-        part, shared = eqx.combine(arrays, settings)
+    def call(part: Any, arrays: Any) -> Any:
+        shared = eqx.combine(arrays, settings)
         if len(jax.tree.leaves(part)[0]) > 1:
             return jax.vmap(lambda member: function(member, *shared))(part)
         result = function(jax.tree.map(lambda x: x[0], part), *shared)
         return jax.tree.map(lambda x: x[None], result)
 
-    arguments = jax.tree.unflatten(aval_structure, avals)
-    return _COMPILER.submit(jax.jit(call).lower(arguments).compile)
+    traced = jax.jit(call).trace(*jax.tree.unflatten(aval_structure, avals))
+    options = compiler_options(traced.jaxpr.jaxpr) if jax.default_backend() == "cpu" else {}
+    return _COMPILER.submit(traced.lower().compile, options)

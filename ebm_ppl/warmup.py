@@ -30,7 +30,8 @@ from ebm_ppl.scale import DenseScale, DiagonalScale, LowRankScale, Scale
 from ebm_ppl.typing import Array
 
 FAST, SLOW, WINDOW_END, FROZEN = range(4)
-MOST_DENSE = 300
+MOST_DENSE = 64
+"""Dimensions from which the products with a dense metric cost more time than its last correlations save."""
 MAX_RANK = 20
 BUFFER = 512
 """Draws that the low-rank metric is learned from."""
