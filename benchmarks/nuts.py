@@ -3,8 +3,10 @@
     python benchmarks/nuts.py                                   five models, three tools, three seeds, cold starts
     python benchmarks/nuts.py --models schools --seeds 1 --no-cold
 
-Every tool draws 4 chains x 1000 from the same model (`models.py`) in double precision, with its own default warm-up.
-Tools take turns seed by seed, so that a busy machine troubles all of them alike. See README.md for the columns.
+Every tool draws 4 chains x 1000 from the same model (`models.py`) in double precision, with its own default warm-up,
+in a process of its own. They take turns seed by seed, so that a busy machine troubles all of them alike. NumPyro runs
+twice: as it comes, and with the setting of JAX's compiler that the import of ebm_ppl makes (`ebm_ppl/xla.py`), as it
+does where both are imported. See README.md for the columns.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import models
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
-TOOLS = ("ebm_ppl", "numpyro", "nutpie")
+TOOLS = ("ebm_ppl", "numpyro", "numpyro_set", "nutpie")
 CHAINS = 4
 DRAWS = 1000
 WARMUP = {"ebm_ppl": 500, "numpyro": 1000, "nutpie": 400}
@@ -72,7 +74,7 @@ class Measured:
         return 1000 * self.ess / self.gradients
 
 
-# The tools: made once for a model, then run for each seed
+# The tools: made once for a model, then run for each seed in a process of their own
 
 
 class EbmPpl:
@@ -130,6 +132,9 @@ class NumPyro:
     METHODS = ("vectorized", "parallel", "sequential")
 
     def __init__(self, name: str, data: Arrays):
+        import numpyro
+
+        numpyro.set_host_device_count(min(CHAINS, os.cpu_count() or 1))
         self.model, self.data = models.numpyro_model(name, "numpyro"), data
         self.method = ""
         candidates = {method: self._compiled(method) for method in self.METHODS}
@@ -277,13 +282,62 @@ def smallest_ess(values: Arrays) -> float:
     return min(float(np.min(array_stats.ess(np.asarray(x), chain_axis=0, draw_axis=1))) for x in values.values())
 
 
-def warm(name: str, data: Arrays, tools: list[str], seeds: int) -> dict[str, list[Measured]]:
+def serve(request: dict[str, Any]) -> None:
+    """The process of one tool: a line with the tool's label, then one with what was measured for each seed asked."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    import numpyro
+
+    numpyro.enable_x64()
+    name, tool = request["model"], request["tool"]
+    data = models.data(name)
+    made = {"ebm_ppl": EbmPpl, "numpyro": NumPyro, "numpyro_set": NumPyro, "nutpie": Nutpie}[tool](name, data)
+    print(made.label + ", our setting" * (tool == "numpyro_set"), file=answers, flush=True)
+    for seed in sys.stdin:
+        print(json.dumps(dataclasses.asdict(measure(made, name, data, int(seed)))), file=answers, flush=True)
+
+
+class Served:
+    """A tool in a process of its own."""
+
+    def __init__(self, name: str, tool: str):
+        command = [sys.executable, __file__, "--serve", json.dumps({"model": name, "tool": tool})]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=environment(tool), **pipes)
+        self.label = self._answer()
+
+    def measure(self, seed: int) -> Measured:
+        print(seed, file=self.process.stdin, flush=True)
+        return Measured(**json.loads(self._answer()))
+
+    def stop(self) -> None:
+        self.process.communicate()
+
+    def _answer(self) -> str:
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"The process of {self.process.args} ended with {self.process.wait()}.")
+        return answer.strip()
+
+
+def environment(tool: str) -> dict[str, str]:
+    """Without settings of JAX's compiler, which each tool makes for itself, but for the one that NumPyro borrows."""
+    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    if tool != "numpyro_set":
+        return clean
+    from ebm_ppl.xla import SMALL_LOOP
+
+    return clean | {"XLA_FLAGS": f"--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold={SMALL_LOOP}"}
+
+
+def warm(name: str, tools: list[str], seeds: int) -> dict[str, list[Measured]]:
     """All seeds of all tools on a model, in turns; keyed by the tool, with NumPyro's chain method."""
-    made = [{"ebm_ppl": EbmPpl, "numpyro": NumPyro, "nutpie": Nutpie}[tool](name, data) for tool in tools]
-    found: dict[str, list[Measured]] = {tool.label: [] for tool in made}
+    served = [Served(name, tool) for tool in tools]
+    found: dict[str, list[Measured]] = {tool.label: [] for tool in served}
     for seed in range(seeds):
-        for tool in made:
-            found[tool.label].append(measure(tool, name, data, seed + 1))
+        for tool in served:
+            found[tool.label].append(tool.measure(seed + 1))
+    for tool in served:
+        tool.stop()
     return found
 
 
@@ -345,7 +399,8 @@ def cold_child(request: dict[str, Any]) -> None:
     name, tool = request["model"], request["tool"]
     with np.load(request["data"]) as file:
         data = dict(file)
-    sampler = {"ebm_ppl": cold_ebm_ppl, "numpyro": cold_numpyro, "nutpie": cold_nutpie}[tool]
+    samplers = {"ebm_ppl": cold_ebm_ppl, "numpyro": cold_numpyro, "numpyro_set": cold_numpyro, "nutpie": cold_nutpie}
+    sampler = samplers[tool]
     judging = 0.0
     for draws in sampler(name, data, request["draws"], request["seed"], request["method"]):
         done = time.time()
@@ -362,12 +417,10 @@ def cold(name: str, data: Arrays, tool: str, draws: int, method: str, seed: int,
     path = cache / f"{name}.npz"
     np.savez(path, **data)
     request = {"model": name, "tool": tool, "data": str(path), "draws": draws, "method": method, "seed": seed}
-    flags = f"base_compiledir={cache}"
-    environment = os.environ | {"PYTENSOR_FLAGS": flags, "NUMBA_CACHE_DIR": str(cache / "numba")}
-    environment.pop("XLA_FLAGS", None)
+    caches = {"PYTENSOR_FLAGS": f"base_compiledir={cache}", "NUMBA_CACHE_DIR": str(cache / "numba")}
     request["start"] = time.time()
     command = [sys.executable, __file__, "--cold-request", json.dumps(request)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(tool) | caches, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"The cold start of {tool} on {name} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])["seconds"]
@@ -379,7 +432,7 @@ def cold_starts(name: str, data: Arrays, found: dict[str, list[Measured]], seeds
     for seed in range(seeds):
         for label, runs in found.items():
             tool = _tool(label)
-            method = label.split(", ")[-1] if tool == "numpyro" else ""
+            method = label.split(", ")[1] if label.startswith("NumPyro") else ""
             wanted = MARGIN * WANTED_ESS * DRAWS / np.median([run.ess for run in runs])
             draws = BLOCK * int(np.ceil(wanted / BLOCK))
             with tempfile.TemporaryDirectory() as cache:
@@ -391,6 +444,8 @@ def cold_starts(name: str, data: Arrays, found: dict[str, list[Measured]], seeds
 
 
 def _tool(label: str) -> str:
+    if label.endswith(", our setting"):
+        return "numpyro_set"
     return {"ebm_ppl": "ebm_ppl", "NumPyro": "numpyro", "PyMC": "nutpie"}[label.split(", ")[0]]
 
 
@@ -431,7 +486,7 @@ def ratio_rows(name: str, found: dict[str, list[Measured]], seconds: dict[str, l
             continue
         rate = ratio([run.ess_per_second for run in ours], [run.ess_per_second for run in runs])
         efficiency = ratio([run.ess_per_kilogradient for run in ours], [run.ess_per_kilogradient for run in runs])
-        starts = [ratio(seconds[key], seconds["ebm_ppl"]) for key in seconds if key.startswith(label)]
+        starts = [ratio(seconds[key], seconds["ebm_ppl"]) for key in seconds if key in (label, f"{label}, cached")]
         rows.append(f"| {name} | {label} | {rate} | {efficiency} | {'; cached '.join(starts) or '-'} |")
     return rows
 
@@ -451,6 +506,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cold-seeds", type=int, default=1, help="cold starts of each tool on each model")
     parser.add_argument("--cold", action=argparse.BooleanOptionalAction, default=True, help="time fresh processes too")
     parser.add_argument("--cold-request", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -459,15 +515,14 @@ def main() -> None:
     if options.cold_request:
         cold_child(json.loads(options.cold_request))
         return
-    import numpyro
-
-    numpyro.set_host_device_count(min(CHAINS, os.cpu_count() or 1))
-    numpyro.enable_x64()
+    if options.serve:
+        serve(json.loads(options.serve))
+        return
     rows, ratios = [], []
     for name in options.models:
         print(f"{name} ...", file=sys.stderr, flush=True)
         data = models.data(name)
-        found = warm(name, data, options.tools, options.seeds)
+        found = warm(name, options.tools, options.seeds)
         seconds = cold_starts(name, data, found, options.cold_seeds) if options.cold else {}
         rows += [row(name, label, runs, seconds.get(label, [])) for label, runs in found.items()]
         ratios += ratio_rows(name, found, seconds)
