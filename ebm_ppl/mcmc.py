@@ -11,17 +11,14 @@ place for progress and for errors about the numbers.
 
 from __future__ import annotations
 
-import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.mcmc.hmc import HMCState
 
 from ebm_ppl import kernels, parallel
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning, hmc_state
@@ -108,12 +105,6 @@ def run(
     return Draws(z[:, thin - 1 :: thin], jax.tree.map(lambda x: x[:, thin - 1 :: thin], stats), attrs), state
 
 
-def _jit_quickly(function: Callable) -> Callable:
-    """Compiles without optimisation: for what runs once, compiling fast matters more than running fast."""
-    options = {"xla_backend_optimization_level": 0}
-    return eqx.filter_jit(function, compiler_options=options)  # pyright: ignore[reportCallIssue]
-
-
 def _is_unadjusted(sampler: Sampler) -> bool:
     return isinstance(sampler, MCLMC) and not sampler.adjusted
 
@@ -134,25 +125,23 @@ def _warm_up(
         for after, record, count in _steps(target, sampler, state, length, bar, warming_up=True):
             state = after
             if is_window:
-                learned = _add(sampler, learned, record["z"], record["gradient"], np.array(count))
+                learned = parallel.once(_add, sampler, learned, record["z"], record["gradient"], np.array(count))
         adaptations = [part.adaptation for part in state.parts]
-        learned, tuning, restarted = _close(sampler, learned, adaptations, target.dim, is_window)
+        learned, tuning, restarted = parallel.once(_close, sampler, learned, adaptations, target.dim, is_window)
         parts = [part._replace(adaptation=new) for part, new in zip(state.parts, restarted, strict=True)]
         state = ChainState(parts, tuning, state.step)
     return state
 
 
-@_jit_quickly
 def _add(sampler: Sampler, learned: WarmupState, positions: Array, gradients: Array, count: Array) -> WarmupState:
     """The metric learns from `count` steps of all chains."""
     add = _warmup(sampler, positions.shape[-1]).add
     metric = jax.lax.fori_loop(
         0, count, lambda i, metric: add(metric, positions[:, i], gradients[:, i]), learned.metric
     )
-    return _strong(learned._replace(metric=metric))
+    return learned._replace(metric=metric)
 
 
-@_jit_quickly
 def _close(
     sampler: Sampler, learned: WarmupState, adaptations: list[Any], dim: int, is_window: bool
 ) -> tuple[WarmupState, Tuning, list[Any]]:
@@ -162,12 +151,7 @@ def _close(
     if is_window:
         learned = warmup.close(learned)
         adaptations = [jax.tree.map(lambda new, old: new + 0 * old, learned.step_size, old) for old in adaptations]
-    return _strong((learned, warmup.tuning(learned), adaptations))
-
-
-def _strong(tree: Any) -> Any:
-    """Without weak types, which would cost a second compilation."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
+    return learned, warmup.tuning(learned), adaptations
 
 
 def _steps(
@@ -201,6 +185,7 @@ def _advance(
 ) -> tuple[Chain, dict[str, Array]]:
     """One chain through `count` steps from number `first` on, and a record with room for more."""
     first, count = limits
+    log_density = jax.jit(lambda z: target.log_density(z))  # traced once, however often a kernel calls it
     kernel, adapt = _kernel(sampler), None if _is_unadjusted(sampler) else _warmup(sampler, target.dim).adapt
 
     @jax.jit  # so that it is traced once, for its shapes and for the loop
@@ -212,7 +197,7 @@ def _advance(
             now = Tuning(jnp.where(warming_up, current, tuning.step_size), tuning.scale)
         num_steps = kernel.length(jax.random.fold_in(jax.random.fold_in(shared_key, number), 1), now, target.dim)
         key = jax.random.fold_in(chain.key, number)
-        state, stats = kernel.step(key, chain.kernel, target.log_density, now, num_steps)
+        state, stats = kernel.step(key, chain.kernel, log_density, now, num_steps)
         if adapt is not None:
             adapted = adapt(learning, stats["acceptance_rate"])
             learning = jax.tree.map(lambda new, old: jnp.where(warming_up, new, old), adapted, learning)
@@ -237,27 +222,91 @@ def _start(
     num_warmup: int,
     init: str | dict[str, Any],
 ) -> tuple[ChainState, WarmupState]:
-    start: Any = None
+    start = init
     if isinstance(init, dict):
         start = _given_point(target, init)
     elif init == "reference":
         target.require_reference()
-        start = target.sample_reference
     elif init != "uniform":
         raise EnergyError(f"init is 'uniform', 'reference' or a dictionary of values by site; got {init!r}.")
-    settings = key, target, sampler, num_chains, num_warmup, start
-    parts, _, tuning, _ = eqx.filter_eval_shape(_shapes_of_first_finite, *settings)
-    one_key = jax.eval_shape(lambda keys: keys[0], parts[0].key)
-    # The steps take longest to compile, so that begins before the search for starting points.
-    parallel.prepare(_advance, parts[0], target, sampler, tuning, one_key, np.array([0, 0]), np.array(False))
-    parts, learned, tuning, finite = _first_finite(*settings)
-    if not bool(jnp.all(finite)):
-        positions = np.concatenate([part.kernel.position for part in parts])
-        raise NonFiniteEnergyError(
-            f"No starting point with finite log density and gradient in {START_TRIES} tries. "
-            + _explain(target, jnp.asarray(positions[int(jnp.argmin(finite))]))
-        )
+    keys = jax.random.split(key, (2, num_chains))
+    members = parallel.split((*keys, np.zeros(num_chains, int)))
+    learned, tuning = parallel.once(_unlearned, sampler, target.dim)
+    beginning = target, start, learned.step_size
+    chains, _ = parallel.prepare_over(_chain_at, members[0], *beginning).shapes
+    tune = target, max(num_warmup, 60)
+    if _is_unadjusted(sampler):
+        chains = parallel.prepare_over(_tuned, chains, *tune).shapes
+    _prepare_steps(target, sampler, ChainState([chains] * len(members), tuning, 0), learned, num_warmup)
+    parts = _finite_chains(members, *beginning)
+    import arviz_base  # noqa: F401  # takes most of a second and is needed for the result: while the steps compile
+    if _is_unadjusted(sampler):
+        parts = parallel.over(_tuned, parts, *tune)
     return ChainState(parts, tuning, 0), learned
+
+
+def _prepare_steps(target: Target, sampler: Sampler, state: ChainState, learned: WarmupState, num_warmup: int) -> None:
+    """Starts to compile what the chains run, in the order of its first use, from the shapes of their states."""
+    chains, one_key = state.parts[0], jax.eval_shape(lambda keys: keys[0], state.parts[0].key)
+    limits, count, false = np.array([0, 0]), np.array(0), np.array(False)
+    parallel.prepare_over(_advance, chains, target, sampler, state.tuning, one_key, limits, false)
+    if _is_unadjusted(sampler):
+        return
+    kinds = [is_window for _, is_window in windows(num_warmup)]
+    position = chains.kernel.position
+    record = jax.ShapeDtypeStruct((len(state.parts) * len(position), _capacity(target.dim), target.dim), position.dtype)
+    for is_window in dict.fromkeys(kinds):
+        if is_window:
+            parallel.prepare_once(_add, sampler, learned, record, record, count)
+        adaptations = [part.adaptation for part in state.parts]
+        parallel.prepare_once(_close, sampler, learned, adaptations, target.dim, is_window)
+
+
+def _unlearned(sampler: Sampler, dim: int) -> tuple[WarmupState, Tuning]:
+    """What is known before the warm-up."""
+    warmup = _warmup(sampler, dim)
+    learned = warmup.init(dim)
+    return learned, warmup.tuning(learned)
+
+
+def _finite_chains(members: list[Any], target: Target, start: Any, adaptation: Any) -> list[Chain]:
+    """All chains in parts, where log density and gradient are finite, after a bounded number of tries."""
+    for _ in range(START_TRIES):
+        results = parallel.over(_chain_at, members, target, start, adaptation)
+        finite = [np.asarray(ok) for _, ok in results]
+        if all(map(np.all, finite)):
+            return [chains for chains, _ in results]
+        members = [(*keys, tries + ~ok) for (*keys, tries), ok in zip(members, finite, strict=True)]
+    positions = np.concatenate([chains.kernel.position for chains, _ in results])
+    raise NonFiniteEnergyError(
+        f"No starting point with finite log density and gradient in {START_TRIES} tries. "
+        + _explain(target, jnp.asarray(positions[int(np.argmin(np.concatenate(finite)))]))
+    )
+
+
+def _chain_at(
+    member: tuple[PRNGKey, PRNGKey, Array], target: Target, start: Any, adaptation: Any
+) -> tuple[Chain, Array]:
+    """A chain at a starting point, another for each try, and whether log density and gradient are finite there.
+
+    The points are uniform on (-2, 2) in unconstrained space, draws of the reference, or the one given.
+    """
+    key_start, key_chain, tries = member
+    key_start = jax.random.fold_in(key_start, tries)
+    if isinstance(start, str) and start == "uniform":
+        z = jax.random.uniform(key_start, (target.dim,), minval=-START_RADIUS, maxval=START_RADIUS)
+    else:
+        z = target.sample_reference(key_start) if isinstance(start, str) else start
+    state = hmc_state(z, target.log_density)
+    finite = jnp.isfinite(state.logdensity) & jnp.all(jnp.isfinite(state.logdensity_grad))
+    return Chain(state, key_chain, adaptation), finite
+
+
+def _tuned(chain: Chain, target: Target, num_steps: int) -> Chain:
+    """A chain of the unadjusted kernel after its tuning, which it makes alone."""
+    key = jax.random.fold_in(chain.key, 2**32 - 1)  # no step will have this number
+    state, tuning = kernels.tune_unadjusted_mclmc(key, chain.kernel.position, target.log_density, num_steps)
+    return Chain(state, chain.key, tuning)
 
 
 def _given_point(target: Target, values: dict[str, Any]) -> Array:
@@ -265,59 +314,6 @@ def _given_point(target: Target, values: dict[str, Any]) -> Array:
     if missing:
         raise EnergyError(f"init gives no value for the latent sites {', '.join(map(repr, missing))}.")
     return target.unconstrain(values)
-
-
-@_jit_quickly
-def _first_finite(
-    key: PRNGKey,
-    target: Target,
-    sampler: Sampler,
-    num_chains: int,
-    num_warmup: int,
-    start: Any,
-) -> tuple[list[Chain], WarmupState, Tuning, Array]:
-    """All chains in parts, at points where log density and gradient are finite, after a bounded number of tries.
-
-    The points are uniform on (-2, 2) in unconstrained space, draws of the reference, or the one given.
-    """
-
-    def propose(key: PRNGKey) -> Any:
-        if start is None:
-            return jax.random.uniform(key, (target.dim,), minval=-START_RADIUS, maxval=START_RADIUS)
-        return start(key) if callable(start) else start
-
-    def is_finite(state: Any) -> Array:
-        return jnp.isfinite(state.logdensity) & jnp.all(jnp.isfinite(state.logdensity_grad))
-
-    def one(key: PRNGKey) -> tuple[Any, Array]:
-        def again(carry: tuple[Array, Any]) -> Array:
-            return ~is_finite(carry[1]) & (carry[0] < START_TRIES)
-
-        def attempt(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-            tries, _ = carry
-            state = hmc_state(propose(jax.random.fold_in(key, tries)), target.log_density)
-            return tries + 1, _strong(state)
-
-        nowhere = jnp.full(target.dim, jnp.nan)
-        none_yet = HMCState(nowhere, jnp.asarray(jnp.nan), nowhere)  # pyright: ignore[reportArgumentType]
-        _, state = jax.lax.while_loop(again, attempt, (jnp.zeros((), int), none_yet))
-        return state, is_finite(state)
-
-    key_start, key_tune, key_chains = jax.random.split(key, 3)
-    states, finite = jax.vmap(one)(jax.random.split(key_start, num_chains))
-    warmup = _warmup(sampler, target.dim)
-    learned = warmup.init(target.dim)
-    adaptation = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_chains, *jnp.shape(x))), learned.step_size)
-    if _is_unadjusted(sampler):
-        tune = functools.partial(kernels.tune_unadjusted_mclmc, num_steps=max(num_warmup, 60))
-        keys = jax.random.split(key_tune, num_chains)
-        states, adaptation = jax.vmap(lambda key, z: tune(key, z, target.log_density))(keys, states.position)
-    chains = Chain(states, jax.random.split(key_chains, num_chains), adaptation)
-    return _strong(parallel.split(chains)), _strong(learned), _strong(warmup.tuning(learned)), finite
-
-
-_shapes_of_first_finite = eqx.filter_jit(_first_finite.__wrapped__)
-"""For `eval_shape` alone: jitted so that a model is not traced again for new data of the same shape."""
 
 
 def _explain(target: Target, z: Array) -> str:

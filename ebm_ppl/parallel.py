@@ -2,6 +2,8 @@
 
     parts = split(batch)                            each part keeps its leading axis
     results = over(f, parts, *shared)               f(member, *shared) on every member of every part
+    result = once(f, *args)                         f(*args), of what comes between
+    program = prepare_over(...), prepare_once(...)  the same, compiled in the background until it is called
 
 An accelerator wants one large batch. A processor does not: a batch makes each step together, so it waits for its
 longest trajectory, and small operations leave all cores but one idle.
@@ -16,7 +18,7 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -37,6 +39,14 @@ def split(batch: Any, most: int = MOST_CALLS) -> list[Any]:
     return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(parts)]
 
 
+class Program(NamedTuple):
+    """What `prepare` returns: a program on its way."""
+
+    shapes: Any
+    """Of its results."""
+    compiled: Future
+
+
 def over(function: Callable, parts: list[Any], *shared: Any) -> list[Any]:
     """`function(member, *shared)` for each member of each part, with the leading axis of its part.
 
@@ -44,20 +54,49 @@ def over(function: Callable, parts: list[Any], *shared: Any) -> list[Any]:
         function: pure, defined at the top of a module, from arrays to arrays.
         shared: arrays and hashable settings, the same for all.
     """
-    program = prepare(function, parts[0], *shared).result()
+    program = prepare_over(function, parts[0], *shared).compiled.result()
     shared = eqx.filter(shared, _is_array)
     if len(parts) == 1:
-        return [program(parts[0], shared)]
-    return list(_runners().map(lambda part: jax.block_until_ready(program(part, shared)), parts))
+        return [program(parts[0], *shared)]
+    return list(_runners().map(lambda part: jax.block_until_ready(program(part, *shared)), parts))
 
 
-def prepare(function: Callable, part: Any, *shared: Any) -> Future:
-    """Traces what `over` will run, and compiles it in the background; shapes may stand for arrays."""
-    arrays, settings = eqx.partition(shared, _is_array)
+def prepare_over(function: Callable, part: Any, *shared: Any) -> Program:
+    """Prepares what `over` will run."""
+    return prepare(_of_part(function), part, *shared)
+
+
+def once(function: Callable, *args: Any) -> Any:
+    """`function(*args)`, compiled in a hurry: where it runs once, compiling fast matters more than running fast."""
+    program = prepare_once(function, *args).compiled.result()
+    return program(*eqx.filter(args, _is_array))
+
+
+def prepare_once(function: Callable, *args: Any) -> Program:
+    """Prepares what `once` will run."""
+    return prepare(function, *args, hurry=True)
+
+
+def prepare(function: Callable, *args: Any, hurry: bool = False) -> Program:
+    """Traces a function, and compiles it in the background; shapes may stand for arrays."""
+    arrays, settings = eqx.partition(args, _is_array)
     leaves, structure = jax.tree.flatten(settings)
-    avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (part, arrays))
+    avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
     avals, aval_structure = jax.tree.flatten(avals)
-    return _program(function, tuple(leaves), structure, tuple(avals), aval_structure, *_context())
+    return _program(function, hurry, tuple(leaves), structure, tuple(avals), aval_structure, *_context())
+
+
+@functools.cache
+def _of_part(function: Callable) -> Callable:
+    """The function over the members of a part; a part of one is no batch."""
+
+    def of_part(part: Any, *shared: Any) -> Any:
+        if len(jax.tree.leaves(part)[0]) > 1:
+            return jax.vmap(lambda member: function(member, *shared))(part)
+        result = function(jax.tree.map(lambda x: x[0], part), *shared)
+        return jax.tree.map(lambda x: x[None], result)
+
+    return of_part
 
 
 @functools.cache
@@ -78,17 +117,13 @@ def _context() -> tuple:
 
 @functools.lru_cache(maxsize=64)
 def _program(
-    function: Callable, settings: tuple, structure: Any, avals: tuple, aval_structure: Any, *context: Any
-) -> Future:
+    function: Callable, hurry: bool, settings: tuple, structure: Any, avals: tuple, aval_structure: Any, *context: Any
+) -> Program:
     settings = jax.tree.unflatten(structure, settings)
-
-    def call(part: Any, arrays: Any) -> Any:
-        shared = eqx.combine(arrays, settings)
-        if len(jax.tree.leaves(part)[0]) > 1:
-            return jax.vmap(lambda member: function(member, *shared))(part)
-        result = function(jax.tree.map(lambda x: x[0], part), *shared)
-        return jax.tree.map(lambda x: x[None], result)
-
-    traced = jax.jit(call).trace(*jax.tree.unflatten(aval_structure, avals))
-    options = compiler_options(traced.jaxpr.jaxpr) if jax.default_backend() == "cpu" else {}
-    return _COMPILER.submit(traced.lower().compile, options)
+    traced = jax.jit(lambda *arrays: function(*eqx.combine(arrays, settings))).trace(
+        *jax.tree.unflatten(aval_structure, avals)
+    )
+    options: dict[str, Any] = {"xla_backend_optimization_level": 0} if hurry else {}
+    if jax.default_backend() == "cpu":
+        options |= compiler_options(traced.jaxpr.jaxpr)
+    return Program(traced.out_info, _COMPILER.submit(traced.lower().compile, options))

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import warnings
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ebm_ppl import parallel
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Array, EnergyWarning, NoReferenceError
 
@@ -39,7 +39,7 @@ def check_tails(target: Target, *, needs_normalisation: bool) -> None:
     suspects = [name for name, role in target.spec.roles if role != "data"]
     if not suspects or target.spec.discrete:
         return
-    log_density, energies = jax.device_get(_along_rays(target))
+    log_density, energies = jax.device_get(parallel.once(_along_rays, target))
     for name in suspects:
         _check_energy(name, energies[name][:, : len(RADII)])
     with np.errstate(invalid="ignore"):  # a NaN far out contradicts nothing
@@ -61,7 +61,6 @@ def check_tails(target: Target, *, needs_normalisation: bool) -> None:
         warnings.warn(message, EnergyWarning, stacklevel=4)
 
 
-@eqx.filter_jit
 def _along_rays(target: Target) -> tuple[Array, dict[str, Array]]:
     directions = jax.random.normal(jax.random.key(0), (NUM_RAYS, target.dim))
     directions = directions / jnp.linalg.norm(directions, axis=1, keepdims=True)

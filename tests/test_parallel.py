@@ -58,8 +58,21 @@ def test_traced_once_and_never_in_a_thread():
 def test_shapes_are_enough_to_prepare():
     keys, steps = parallel.split(_members(2))[0]
     shapes = jax.ShapeDtypeStruct(keys.shape, keys.dtype), jax.ShapeDtypeStruct(steps.shape, steps.dtype)
-    prepared = parallel.prepare(_walk, shapes, jax.ShapeDtypeStruct((), np.float64), "prepared")
-    assert prepared is parallel.prepare(_walk, (keys, steps), np.float64(0.5), "prepared")
+    prepared = parallel.prepare_over(_walk, shapes, jax.ShapeDtypeStruct((), np.float64), "prepared")
+    assert prepared is parallel.prepare_over(_walk, (keys, steps), np.float64(0.5), "prepared")
+
+
+def _power(scale, exponent, name):
+    TRACED_IN.append((name, threading.current_thread()))
+    return jnp.arange(3) * scale**exponent
+
+
+def test_a_program_that_runs_once():
+    shapes = parallel.prepare_once(_power, jax.ShapeDtypeStruct((), np.float64), 2, "power").shapes
+    assert (shapes.shape, shapes.dtype) == ((3,), np.float64)
+    for scale in (2.0, 3.0):
+        np.testing.assert_array_equal(parallel.once(_power, np.float64(scale), 2, "power"), np.arange(3) * scale**2)
+    assert [thread for name, thread in TRACED_IN if name == "power"] == [threading.main_thread()]
 
 
 def test_errors_of_a_trace_are_raised():
