@@ -22,7 +22,7 @@ from ebm_ppl.arviz import Coords, Dims, data_id, from_groups, to_datatree
 from ebm_ppl.kernels import NUTS
 from ebm_ppl.mcmc import ChainState
 from ebm_ppl.probe import check_tails
-from ebm_ppl.smc import SMC
+from ebm_ppl.smc import SMC, UNSETTLED
 from ebm_ppl.target import Target, energies_model, predictive_model
 from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, LogZ, PRNGKey
 
@@ -147,7 +147,7 @@ def log_z(
 def _weigh(key: PRNGKey, target: Target, sampler: SMC, num_runs: int, progress_bar: bool) -> Draws:
     """SMC, with what its numbers say about themselves."""
     draws = smc.run(key, target, sampler, num_runs=num_runs, progress_bar=progress_bar)
-    _check_precision(draws)
+    _check_particles(draws)
     _check_prior(draws, target)
     return draws
 
@@ -161,6 +161,9 @@ def read_log_z(data: xr.DataTree) -> LogZ:
     return _summarise(draws, data.attrs.get("data_id"))
 
 
+_DIAGNOSTICS = "num_evaluations", "num_nan_energy", "largest_drift"
+
+
 def _summarise(draws: Draws, fingerprint: str | None) -> LogZ:
     """One `LogZ` from independent runs: values are averaged on the scale of Z."""
     runs = draws.log_z or {}
@@ -170,7 +173,7 @@ def _summarise(draws: Draws, fingerprint: str | None) -> LogZ:
         return LogZ(0.0, 0.0, method="SMC", data_id=fingerprint)
     last = phases[-1]
     values, errors = runs[f"{last}_value"], runs[f"{last}_std_error"]
-    diagnostics = {name: draws.attrs[name] for name in ("num_evaluations", "num_nan_energy") if name in draws.attrs}
+    diagnostics = {name: draws.attrs[name] for name in _DIAGNOSTICS if name in draws.attrs}
     return LogZ(
         value=parts[last],
         std_error=_std_error(values, errors),
@@ -193,12 +196,22 @@ def _log_mean(values: np.ndarray) -> float:
     return float(np.logaddexp.reduce(values) - np.log(len(values)))
 
 
-def _check_precision(draws: Draws) -> None:
-    """Counts NaN energies aloud, and says where single precision is too coarse."""
+def _check_particles(draws: Draws) -> None:
+    """Counts NaN energies aloud, and says where the particles lag behind or single precision is too coarse."""
     if draws.attrs.get("num_nan_energy"):
         warnings.warn(
             f"The energy was NaN {draws.attrs['num_nan_energy']} times; such points were given zero mass, and are "
             "counted in smc['num_nan'].",
+            EnergyWarning,
+            stacklevel=4,
+        )
+    drift = float(draws.attrs.get("largest_drift", 0.0))
+    if drift > UNSETTLED:
+        warnings.warn(
+            f"The moves of SMC carried a coordinate's mean by {drift:.1f} standard errors along the path, where 0 is "
+            "expected: the particles lag behind their targets, and log Z and the posterior may be off by far more than "
+            "the stated error. More moves (num_moves), a larger target_ess or a reparametrised model help; more "
+            "particles alone do not. smc['drift'] has the path.",
             EnergyWarning,
             stacklevel=4,
         )

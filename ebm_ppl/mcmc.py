@@ -240,6 +240,7 @@ def _start(
     _prepare_steps(target, sampler, ChainState([chains] * len(members), tuning, 0), learned, num_warmup)
     parts = _finite_chains(members, *beginning)
     import arviz_base  # noqa: F401  # takes most of a second and is needed for the result: while the steps compile
+
     if _is_unadjusted(sampler):
         parts = parallel.over(_tuned, parts, *tune)
     return ChainState(parts, tuning, 0), learned

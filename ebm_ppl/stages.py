@@ -30,6 +30,7 @@ class StageInfo(NamedTuple):
     log_z: Array
     log_z_std_error: Array
     mean_energy: Array
+    drift: Array
     step_size: Array
     temperature_step: Array
     num_evaluations: Array

@@ -183,6 +183,13 @@ MUTATIONS = (
         "jnp.broadcast_to(key_chains, (num_chains,))",
         ("test_mcmc.py::test_chains_are_independent_and_reproducible",),
     ),
+    Mutation(
+        "drift from particles without their weights",
+        "smc.py",
+        "carried = jnp.mean(z, axis=0) - weights @ cloud.z",
+        "carried = jnp.mean(z, axis=0) - jnp.mean(cloud.z, axis=0)",
+        (_smc("regression"),),
+    ),
 )
 
 

@@ -134,6 +134,17 @@ def test_row_04_minus_infinity(sampler):
         ebm_ppl.sample(KEY, tilted_normal(well_without_bottom), sampler, progress_bar=False, **settings)
 
 
+def test_row_04_minus_infinity_on_the_sphere_of_velocities():
+    """MCLMC needs two dimensions at least."""
+
+    def model():
+        x = numpyro.sample("x", dist.Normal(0, 1).expand([2]).to_event(1))
+        ebm_ppl.energy_factor("well", well_without_bottom(x[0]), role="loss")
+
+    with pytest.raises(ebm_ppl.NonFiniteEnergyError, match="infinite density"):
+        ebm_ppl.sample(KEY, ebm_ppl.target(model), ebm_ppl.MCLMC(), num_chains=2, num_samples=100, progress_bar=False)
+
+
 def test_row_04_minus_infinity_in_the_prior():
     with pytest.raises(ebm_ppl.NonFiniteEnergyError, match=r"-inf.*stage 1 of the prior phase"):
         ebm_ppl.log_z(KEY, tilted_normal(well_without_bottom, "prior"), SMALL)
