@@ -30,6 +30,8 @@ from ebm_ppl.scale import DenseScale, DiagonalScale, LowRankScale, Scale
 from ebm_ppl.typing import Array
 
 FAST, SLOW, WINDOW_END, FROZEN = range(4)
+STRETCHES = 30, 40, 20
+"""Steps before the first window, after the last one, and of the first window."""
 MOST_DENSE = 64
 """Dimensions from which the products with a dense metric cost more time than its last correlations save."""
 MAX_RANK = 20
@@ -70,11 +72,16 @@ class Estimator(NamedTuple):
 
 
 def schedule(num_warmup: int) -> np.ndarray:
-    """Phase code of each warm-up step, shape (num_warmup,)."""
+    """Phase code of each warm-up step, shape (num_warmup,).
+
+    A warm-up too short for the stretches has them all in proportion: a last one of five steps would leave the step
+    size far too large.
+    """
     if num_warmup == 0:
         return np.zeros(0, int)
+    share = min(1.0, num_warmup / sum(STRETCHES))
     with jax.ensure_compile_time_eval():  # it may be asked for inside a trace
-        stages = np.asarray(build_schedule(num_warmup, 30, 40, 20), dtype=int)
+        stages = np.asarray(build_schedule(num_warmup, *(int(share * length) for length in STRETCHES)), dtype=int)
     return stages[:, 0] + stages[:, 1]
 
 

@@ -179,8 +179,8 @@ MUTATIONS = (
     Mutation(
         "one key for all chains",
         "mcmc.py",
-        "jax.random.split(key_chains, num_chains)",
-        "jnp.broadcast_to(key_chains, (num_chains,))",
+        "parallel.split((*keys, np.zeros(num_chains, int)))",
+        "parallel.split((keys[0], jnp.broadcast_to(keys[1][0], (num_chains,)), np.zeros(num_chains, int)))",
         ("test_mcmc.py::test_chains_are_independent_and_reproducible",),
     ),
     Mutation(

@@ -12,6 +12,7 @@ from problems import CHAINS, PROBLEMS
 
 import ebm_ppl as ebm
 from ebm_ppl import mcmc
+from ebm_ppl.warmup import windows
 
 SAMPLERS = {"NUTS": ebm.NUTS(), "HMC": ebm.HMC(), "MALA": ebm.MALA(), "MCLMC": ebm.MCLMC()}
 PAIRS = [(sampler, name) for name, problem in PROBLEMS.items() for sampler in CHAINS if sampler in problem.samplers]
@@ -298,3 +299,19 @@ def test_single_precision(run_in_float32):
     scores = np.array(printed.split(), float)
     assert len(scores) == 4
     assert np.max(np.abs(scores)) < z_limit(4)
+
+
+@pytest.mark.parametrize("num_warmup", [1, 10, 50, 89, 100, 500])
+def test_stretches_of_the_warm_up_make_it_whole(num_warmup):
+    stretches = windows(num_warmup)
+    assert sum(length for length, _ in stretches) == num_warmup
+    assert not stretches[-1][1]  # the step size has a stretch of its own after the last metric
+
+
+def test_a_short_warm_up_finds_the_step_size():
+    """A last stretch of five steps once left an acceptance of .2."""
+    target = ebm.target(lambda: numpyro.sample("x", dist.Normal(0, 1).expand([5]).to_event(1)))
+    for seed in range(3):
+        settings = {"num_chains": 2, "num_warmup": 50, "num_samples": 100, "progress_bar": False}
+        data = ebm.sample(jax.random.key(seed), target, ebm.NUTS(), **settings)
+        assert 0.65 < float(data["sample_stats"]["acceptance_rate"].mean()) < 0.97
