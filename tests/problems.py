@@ -323,6 +323,18 @@ def _funnel() -> Problem:
     )
 
 
+FUNNEL_IN_A_BOX = -39.87748
+"""Its log Z, by quadrature over the neck."""
+
+
+def funnel_in_a_box() -> None:
+    """Neal's funnel between walls, which is no `Problem`: tempered SMC falls short on it, and must say so."""
+    v = numpyro.sample("v", dist.Uniform(-10.0, 10.0))
+    x = numpyro.sample("x", dist.Uniform(-30.0, 30.0).expand([9]).to_event(1))
+    log_likelihood = dist.Normal(0.0, 3.0).log_prob(v) + dist.Normal(0.0, jnp.exp(v / 2)).log_prob(x).sum()
+    ebm.energy_factor("likelihood", -log_likelihood, role="loss")
+
+
 def _dynamic_support() -> Problem:
     y = np.array([0.9, 1.4])
 
