@@ -21,6 +21,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from ebm_ppl import parallel
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Array, Draws
 
@@ -47,8 +48,7 @@ def to_datatree(
         coords, dims: as in ArviZ, by name of dimension and of variable; they win over the names of plates.
         log_likelihood: whether to evaluate the pointwise log likelihood of the observed sites.
     """
-    wants_likelihood = log_likelihood and bool(target.spec.observed) and not target.spec.discrete
-    values, energies, likelihood = jax.device_get(_read_off(target, draws.z, wants_likelihood))
+    values, energies, likelihood = _read(target, draws.z, log_likelihood)
     stats = {name: np.asarray(value) for name, value in draws.stats.items()}
     stats |= {f"energy_{name}": value for name, value in energies.items()}
     groups = {group: values, "sample_stats": stats, "log_likelihood": likelihood}
@@ -103,10 +103,23 @@ def _safe(plate: str | None, variables: Mapping[str, Any]) -> str | None:
     return f"{plate}_dim" if plate in variables or plate in ("chain", "draw") else plate
 
 
-@eqx.filter_jit
-def _read_off(target: Target, z: Array, wants_likelihood: bool) -> tuple[dict, dict, dict]:
-    """All that is read off each draw, in one compiled pass over (chain, draw)."""
+def prepare(target: Target, z: Any, log_likelihood: bool) -> None:
+    """Whatever takes long in `to_datatree` before there are draws: `z` is any array of their shape."""
+    import arviz_base  # noqa: F401
+
+    parallel.prepare_over(_read_off, parallel.split(z)[0], target, log_likelihood)
+
+
+def _read(target: Target, z: Any, log_likelihood: bool) -> tuple[dict, dict, dict]:
+    """Constrained values, energies and log likelihoods of draws of shape (chain, draw, dim)."""
+    parts = jax.device_get(parallel.over(_read_off, parallel.split(z), target, log_likelihood))
+    return jax.tree.map(lambda *chains: np.concatenate(chains), *parts)
+
+
+def _read_off(z: Array, target: Target, log_likelihood: bool) -> tuple[dict, dict, dict]:
+    """All that is read off the draws of one chain."""
     factors = [name for name, role in target.spec.roles if role != "data"]
+    wants_likelihood = log_likelihood and bool(target.spec.observed) and not target.spec.discrete
 
     def one(z: Array) -> tuple[dict, dict, dict]:
         energies = {}
@@ -115,7 +128,7 @@ def _read_off(target: Target, z: Array, wants_likelihood: bool) -> tuple[dict, d
         likelihood = target.log_likelihood(z) if wants_likelihood else {}
         return target.constrain(z), energies, likelihood
 
-    return jax.vmap(jax.vmap(one))(z)
+    return jax.vmap(one)(z)
 
 
 def observed_data(target: Target) -> dict[str, np.ndarray]:
@@ -146,7 +159,7 @@ def _add_particles(tree: xr.DataTree, target: Target, draws: Draws, coords: Coor
     import xarray as xr
 
     if draws.particles is not None:
-        values, _, _ = jax.device_get(_read_off(target, draws.particles["z"], False))
+        values, _, _ = _read(target, draws.particles["z"], False)
         values["log_weight"] = np.asarray(draws.particles["log_weight"])
         weighted = from_groups(target, {"posterior": values}, coords=coords, dims=dims)["posterior"].to_dataset()
         tree["particles"] = xr.DataTree(weighted.rename(draw="particle"))

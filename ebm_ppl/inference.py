@@ -18,7 +18,7 @@ import numpy as np
 from numpyro.infer import Predictive
 
 from ebm_ppl import mcmc, smc
-from ebm_ppl.arviz import Coords, Dims, data_id, from_groups, to_datatree
+from ebm_ppl.arviz import Coords, Dims, data_id, from_groups, prepare, to_datatree
 from ebm_ppl.kernels import NUTS
 from ebm_ppl.mcmc import ChainState
 from ebm_ppl.probe import check_tails
@@ -105,6 +105,7 @@ def sample(
         init=init,
         state=state,
         progress_bar=progress_bar,
+        meanwhile=lambda z: prepare(target, z, log_likelihood),
     )
     data = to_datatree(target, draws, coords=coords, dims=dims, log_likelihood=log_likelihood)
     return (data, state) if return_state else data

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,8 @@ LONGEST_PIECE = 2000
 LARGEST_RECORD = 2**23
 """Most numbers in the record of a chain's positions."""
 PIECE_SECONDS = 0.25
+OF_CHAINS, SHARED = 0, 1
+"""What is folded into a run's key for the keys of its chains, and for what they share."""
 
 
 class Chain(NamedTuple):
@@ -56,6 +58,8 @@ class ChainState(NamedTuple):
     """What the warm-up learned, for all of them."""
     step: int
     """Number of steps made so far."""
+    key: PRNGKey
+    """Of the run: what its chains share at step number i uses `fold_in(fold_in(key, SHARED), i)`."""
 
 
 def run(
@@ -70,14 +74,19 @@ def run(
     init: str | dict[str, Any] = "uniform",
     state: ChainState | None = None,
     progress_bar: bool = True,
+    meanwhile: Callable[[np.ndarray], None] = lambda z: None,
 ) -> tuple[Draws, ChainState]:
-    """Draws from a target by a Markov chain sampler; see `ebm.sample`."""
+    """Draws from a target by a Markov chain sampler; see `ebm.sample`.
+
+    While the steps compile `meanwhile` is called, with an array of the shape that the draws will have.
+    """
     target.require_tractable()
     if target.dim == 0:
         raise ValueError("The model has no continuous latent site to sample.")
     learned = None
     if state is None:
         state, learned = _start(key, target, sampler, num_chains, num_warmup, init)
+        meanwhile(np.empty((num_chains, num_samples, target.dim), state.parts[0].kernel.position.dtype))
     else:
         num_warmup = 0
     warmup_steps = 0 if _is_unadjusted(sampler) else num_warmup
@@ -129,7 +138,7 @@ def _warm_up(
         adaptations = [part.adaptation for part in state.parts]
         learned, tuning, restarted = parallel.once(_close, sampler, learned, adaptations, target.dim, is_window)
         parts = [part._replace(adaptation=new) for part, new in zip(state.parts, restarted, strict=True)]
-        state = ChainState(parts, tuning, state.step)
+        state = state._replace(parts=parts, tuning=tuning)
     return state
 
 
@@ -161,10 +170,10 @@ def _steps(
     piece, done, capacity = FIRST_PIECE, 0, _capacity(target.dim)
     while done < length:
         count, start = min(piece, length - done, capacity), time.perf_counter()
-        shared = target, sampler, state.tuning, state.parts[0].key[0]
+        shared = target, sampler, state.tuning, state.key
         limits = np.array([state.step, count])
         results = parallel.over(_advance, state.parts, *shared, limits, np.array(warming_up))
-        state = ChainState([chains for chains, _ in results], state.tuning, state.step + count)
+        state = state._replace(parts=[chains for chains, _ in results], step=state.step + count)
         records = jax.device_get([record for _, record in results])
         record = {name: np.concatenate([part[name] for part in records]) for name in records[0]}
         bar.update(count)
@@ -181,10 +190,11 @@ def _capacity(dim: int) -> int:
 
 
 def _advance(
-    chain: Chain, target: Target, sampler: Sampler, tuning: Tuning, shared_key: Array, limits: Array, warming_up: Array
+    chain: Chain, target: Target, sampler: Sampler, tuning: Tuning, run_key: Array, limits: Array, warming_up: Array
 ) -> tuple[Chain, dict[str, Array]]:
     """One chain through `count` steps from number `first` on, and a record with room for more."""
     first, count = limits
+    shared_key = jax.random.fold_in(run_key, SHARED)
     log_density = jax.jit(lambda z: target.log_density(z))  # traced once, however often a kernel calls it
     kernel, adapt = _kernel(sampler), None if _is_unadjusted(sampler) else _warmup(sampler, target.dim).adapt
 
@@ -195,7 +205,7 @@ def _advance(
         if adapt is not None:
             current = jnp.exp(learning.log_step_size)
             now = Tuning(jnp.where(warming_up, current, tuning.step_size), tuning.scale)
-        num_steps = kernel.length(jax.random.fold_in(jax.random.fold_in(shared_key, number), 1), now, target.dim)
+        num_steps = kernel.length(jax.random.fold_in(shared_key, number), now, target.dim)
         key = jax.random.fold_in(chain.key, number)
         state, stats = kernel.step(key, chain.kernel, log_density, now, num_steps)
         if adapt is not None:
@@ -229,28 +239,25 @@ def _start(
         target.require_reference()
     elif init != "uniform":
         raise EnergyError(f"init is 'uniform', 'reference' or a dictionary of values by site; got {init!r}.")
-    keys = jax.random.split(key, (2, num_chains))
-    members = parallel.split((*keys, np.zeros(num_chains, int)))
+    members = parallel.split((np.arange(num_chains), np.zeros(num_chains, int)))
     learned, tuning = parallel.once(_unlearned, sampler, target.dim)
-    beginning = target, start, learned.step_size
+    beginning = key, target, start, learned.step_size
     chains, _ = parallel.prepare_over(_chain_at, members[0], *beginning).shapes
     tune = target, max(num_warmup, 60)
     if _is_unadjusted(sampler):
         chains = parallel.prepare_over(_tuned, chains, *tune).shapes
-    _prepare_steps(target, sampler, ChainState([chains] * len(members), tuning, 0), learned, num_warmup)
+    _prepare_steps(target, sampler, ChainState([chains] * len(members), tuning, 0, key), learned, num_warmup)
     parts = _finite_chains(members, *beginning)
-    import arviz_base  # noqa: F401  # takes most of a second and is needed for the result: while the steps compile
-
     if _is_unadjusted(sampler):
         parts = parallel.over(_tuned, parts, *tune)
-    return ChainState(parts, tuning, 0), learned
+    return ChainState(parts, tuning, 0, key), learned
 
 
 def _prepare_steps(target: Target, sampler: Sampler, state: ChainState, learned: WarmupState, num_warmup: int) -> None:
     """Starts to compile what the chains run, in the order of its first use, from the shapes of their states."""
-    chains, one_key = state.parts[0], jax.eval_shape(lambda keys: keys[0], state.parts[0].key)
+    chains = state.parts[0]
     limits, count, false = np.array([0, 0]), np.array(0), np.array(False)
-    parallel.prepare_over(_advance, chains, target, sampler, state.tuning, one_key, limits, false)
+    parallel.prepare_over(_advance, chains, target, sampler, state.tuning, state.key, limits, false)
     if _is_unadjusted(sampler):
         return
     kinds = [is_window for _, is_window in windows(num_warmup)]
@@ -270,14 +277,14 @@ def _unlearned(sampler: Sampler, dim: int) -> tuple[WarmupState, Tuning]:
     return learned, warmup.tuning(learned)
 
 
-def _finite_chains(members: list[Any], target: Target, start: Any, adaptation: Any) -> list[Chain]:
+def _finite_chains(members: list[Any], key: PRNGKey, target: Target, start: Any, adaptation: Any) -> list[Chain]:
     """All chains in parts, where log density and gradient are finite, after a bounded number of tries."""
     for _ in range(START_TRIES):
-        results = parallel.over(_chain_at, members, target, start, adaptation)
+        results = parallel.over(_chain_at, members, key, target, start, adaptation)
         finite = [np.asarray(ok) for _, ok in results]
         if all(map(np.all, finite)):
             return [chains for chains, _ in results]
-        members = [(*keys, tries + ~ok) for (*keys, tries), ok in zip(members, finite, strict=True)]
+        members = [(index, tries + ~ok) for (index, tries), ok in zip(members, finite, strict=True)]
     positions = np.concatenate([chains.kernel.position for chains, _ in results])
     raise NonFiniteEnergyError(
         f"No starting point with finite log density and gradient in {START_TRIES} tries. "
@@ -286,13 +293,14 @@ def _finite_chains(members: list[Any], target: Target, start: Any, adaptation: A
 
 
 def _chain_at(
-    member: tuple[PRNGKey, PRNGKey, Array], target: Target, start: Any, adaptation: Any
+    member: tuple[Array, Array], key: PRNGKey, target: Target, start: Any, adaptation: Any
 ) -> tuple[Chain, Array]:
     """A chain at a starting point, another for each try, and whether log density and gradient are finite there.
 
     The points are uniform on (-2, 2) in unconstrained space, draws of the reference, or the one given.
     """
-    key_start, key_chain, tries = member
+    index, tries = member
+    key_start, key_chain = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, OF_CHAINS), index))
     key_start = jax.random.fold_in(key_start, tries)
     if isinstance(start, str) and start == "uniform":
         z = jax.random.uniform(key_start, (target.dim,), minval=-START_RADIUS, maxval=START_RADIUS)

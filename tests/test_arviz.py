@@ -19,7 +19,7 @@ from ebm_ppl.arviz import data_id, to_datatree
 from ebm_ppl.typing import Draws, LogZ
 
 Y = jnp.array([0.3, -1.2, 0.8])
-CHAINS, DRAWS, PARTICLES, FEATURES = 2, 50, 64, 2
+CHAINS, DRAWS, PARTICLES, FEATURES = 2, 200, 64, 2
 
 
 def model(y):
