@@ -8,6 +8,8 @@
 An accelerator wants one large batch. A processor does not: a batch makes each step together, so it waits for its
 longest trajectory, and small operations leave all cores but one idle.
 
+Programs with batches of linear algebra run one at a time: `xla.may_run_beside_itself` says why.
+
 Threads only ever run compiled programs. The handlers of NumPyro are one stack for the whole process, so that models
 must be traced in one thread, which `jax.jit` does not promise; hence the cache of compiled programs here.
 """
@@ -24,7 +26,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from ebm_ppl.xla import compiler_options
+from ebm_ppl.xla import compiler_options, may_run_beside_itself
 
 MOST_CALLS = 16
 """Parts on the CPU; a larger batch has several members in each. No matter on which machine, so that draws agree."""
@@ -45,6 +47,8 @@ class Program(NamedTuple):
     shapes: Any
     """Of its results."""
     compiled: Future
+    in_threads: bool
+    """Whether several threads may run it at the same time."""
 
 
 def over(function: Callable, parts: list[Any], *shared: Any) -> list[Any]:
@@ -54,11 +58,12 @@ def over(function: Callable, parts: list[Any], *shared: Any) -> list[Any]:
         function: pure, defined at the top of a module, from arrays to arrays.
         shared: arrays and hashable settings, the same for all.
     """
-    program = prepare_over(function, parts[0], *shared).compiled.result()
-    shared = eqx.filter(shared, _is_array)
+    program = prepare_over(function, parts[0], *shared)
+    compiled, shared = program.compiled.result(), eqx.filter(shared, _is_array)
     if len(parts) == 1:
-        return [program(parts[0], *shared)]
-    return list(_runners().map(lambda part: jax.block_until_ready(program(part, *shared)), parts))
+        return [compiled(parts[0], *shared)]
+    in_turn_or_together = _runners().map if program.in_threads else map
+    return list(in_turn_or_together(lambda part: jax.block_until_ready(compiled(part, *shared)), parts))
 
 
 def prepare_over(function: Callable, part: Any, *shared: Any) -> Program:
@@ -123,7 +128,8 @@ def _program(
     traced = jax.jit(lambda *arrays: function(*eqx.combine(arrays, settings))).trace(
         *jax.tree.unflatten(aval_structure, avals)
     )
+    jaxpr = traced.jaxpr.jaxpr
     options: dict[str, Any] = {"xla_backend_optimization_level": 0} if hurry else {}
     if jax.default_backend() == "cpu":
-        options |= compiler_options(traced.jaxpr.jaxpr)
-    return Program(traced.out_info, _COMPILER.submit(traced.lower().compile, options))
+        options |= compiler_options(jaxpr)
+    return Program(traced.out_info, _COMPILER.submit(traced.lower().compile, options), may_run_beside_itself(jaxpr))

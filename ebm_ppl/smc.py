@@ -266,7 +266,9 @@ def _one_stage(key: PRNGKey, target: Target, sampler: SMC, phase: str, cloud: Cl
         return base - beta * energy
 
     start = cloud.z[ancestors].reshape(2, num // 2, -1)
-    scales = jax.vmap(lambda half: DenseScale.of_covariance(_covariance(half, ess / 2)))(start[::-1])
+    # Not by vmap: with a batch of matrices the runs would have to go one at a time (`xla.may_run_beside_itself`).
+    halves = [DenseScale.of_covariance(_covariance(half, ess / 2)) for half in start[::-1]]
+    scales = jax.tree.map(lambda *of_halves: jnp.stack(of_halves), *halves)
     moved = _move(key_move, start, log_density, sampler, cloud.step_size, scales)
     z = moved.states.position.reshape(num, -1)
     base, new_energy = jax.vmap(lambda z: _split(target, phase, z))(z)

@@ -22,20 +22,27 @@ SMALL_LOOP = 10**6
 SMALL_SCATTER = 2000
 """Most numbers that a scatter may move for the older emitters, which take twice as long for each."""
 _SCATTERS = {"scatter-add", "scatter_add", "scatter_mul", "scatter_min", "scatter_max"}
-_NEVER_ONE_CALL = {
+_LINEAR_ALGEBRA = {
     "cholesky",
-    "conv_general_dilated",
+    "cholesky_update",
+    "eig",
     "eigh",
-    "ffi_call",
-    "fft",
+    "geqp3",
+    "geqrf",
+    "hessenberg",
     "householder_product",
     "lu",
-    "pure_callback",
+    "ormqr",
     "qr",
-    "sort",
+    "schur",
     "svd",
+    "symmetric_product",
     "triangular_solve",
+    "tridiagonal",
+    "tridiagonal_solve",
 }
+_NEVER_ONE_CALL = _LINEAR_ALGEBRA | {"conv_general_dilated", "ffi_call", "fft", "pure_callback", "sort"}
+_SHARES_THREADS = {"ffi_call", "fft"}
 
 
 def compile_small_loops() -> None:
@@ -58,6 +65,19 @@ def compiler_options(jaxpr: Any) -> dict[str, bool]:
             if eqn.invars[2].aval.size > SMALL_SCATTER:
                 return {}
     return {"xla_cpu_use_fusion_emitters": False} if scatters else {}
+
+
+def may_run_beside_itself(jaxpr: Any) -> bool:
+    """Whether two threads may run a program on the CPU at the same time.
+
+    JAX's linear algebra shares a batch of matrices out among the threads of XLA and waits for them, in one of these
+    same threads. Where each of them is in such a call, none is left to do the work, and both programs wait forever.
+    """
+    return not any(
+        eqn.primitive.name in _SHARES_THREADS
+        or (eqn.primitive.name in _LINEAR_ALGEBRA and any(x.aval.ndim > 2 for x in eqn.invars))
+        for eqn in _equations(jaxpr)
+    )
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from limits import chi2_limits, t_limit
 from problems import FUNNEL_IN_A_BOX, PROBLEMS, Problem, funnel_in_a_box
 
 import ebm_ppl as ebm
-from ebm_ppl import smc
+from ebm_ppl import parallel, smc
 
 NUM_RUNS = 200
 """Enough that a right 95 % interval falls below 90 % in none of the problems: with fifty runs one in thirty would."""
@@ -347,3 +347,17 @@ def test_progress_bar_changes_nothing(capsys):
     hidden = ebm.log_z(jax.random.key(0), target, sampler, num_runs=4, progress_bar=False)
     assert capsys.readouterr().err == ""
     np.testing.assert_array_equal(shown.replicates, hidden.replicates)
+
+
+def test_runs_of_a_model_without_linear_algebra_go_in_threads(monkeypatch):
+    """Our own covariances are of one matrix each: a batch of them would make the runs take turns."""
+    prepare, in_threads = parallel.prepare_over, {}
+
+    def recorded(function, *args):
+        program = prepare(function, *args)
+        in_threads[function.__name__] = program.in_threads
+        return program
+
+    monkeypatch.setattr(parallel, "prepare_over", recorded)
+    ebm.log_z(jax.random.key(0), PROBLEMS["regression"].target(), ebm.SMC(num_particles=100), num_runs=2)
+    assert in_threads == {"_initial": True, "_enter": True, "_stage": True}
