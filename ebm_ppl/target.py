@@ -98,7 +98,9 @@ class Target(eqx.Module):
         """`(log pi_0(z), (U_prior, U_data))`: the energies added up by stage of the path, shape (2,)."""
         log_reference, energies = self.terms(z)
         stages = [jnp.zeros((), z.dtype), jnp.zeros((), z.dtype)]
-        for name, role in self.spec.roles:
+        # With discrete sites summed out the energies are those of the stages already.
+        roles = [(name, name) for name in energies] if self.spec.discrete else self.spec.roles
+        for name, role in roles:
             stages[role != "prior"] += energies[name]
         return log_reference, jnp.stack(stages)
 

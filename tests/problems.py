@@ -543,6 +543,35 @@ def _constant_partition() -> Problem:
     )
 
 
+def _enumerated() -> Problem:
+    y = np.array([1.7, -0.4, 2.2, 5.0, 1.1])
+
+    def model(y):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 2.0))
+        ebm.energy_factor("flat", 0.05 * mu**4, role="prior")
+        with numpyro.plate("observation", y.shape[0]):
+            outlier = numpyro.sample("outlier", dist.Bernoulli(0.2), infer={"enumerate": "parallel"})
+            numpyro.sample("y", dist.Normal(jnp.where(outlier == 1, 0.0, mu), jnp.where(outlier == 1, 4.0, 0.5)), obs=y)
+
+    mu, log_weight = _line(-7.0, 7.0)
+    log_prior = log_weight + st.norm.logpdf(mu, 0.0, 2.0) - 0.05 * mu**4
+    log_z_prior, _, _ = _moments(log_prior)
+    inlier = np.log(0.8) + st.norm.logpdf(y[:, None], mu, 0.5)
+    log_mass = log_prior + np.logaddexp(inlier, np.log(0.2) + st.norm.logpdf(y[:, None], 0.0, 4.0)).sum(0)
+    log_z, means, variances = _moments(log_mass, mu=mu)
+    return Problem(
+        name="enumerated",
+        model=model,
+        args=(y,),
+        log_z=log_z - log_z_prior,
+        log_z_prior=log_z_prior,
+        means=means,
+        variances=variances,
+        how="Discrete sites summed out in closed form, under a tilted prior: quadrature over what is left.",
+        samplers=STEEP_LINE,
+    )
+
+
 def _quartic() -> Problem:
     y = np.array([0.9, 0.5])
     node, log_weight_node = _line(0.0, 9.0, 2)
@@ -606,6 +635,7 @@ PROBLEMS: dict[str, Problem] = {
         _three_roles(),
         _absolute_loss(),
         _constant_partition(),
+        _enumerated(),
         _quartic(),
     )
 }

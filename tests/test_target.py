@@ -43,12 +43,15 @@ def test_terms_add_up_to_numpyros_potential_energy(name):
             log_reference, energies = target.terms(z)
             return log_reference - sum(energies.values())
 
-        return jax.value_and_grad(ours)(z), jax.value_and_grad(lambda z: theirs(target.unravel(z)))(z)
+        log_reference, stages = target.staged_terms(z)
+        by_stage = log_reference - jnp.sum(stages)
+        return by_stage, jax.value_and_grad(ours)(z), jax.value_and_grad(lambda z: theirs(target.unravel(z)))(z)
 
     for seed_ in range(2):
         z = jax.random.normal(jax.random.key(seed_), (target.dim,))
-        (value, gradient), (their_value, their_gradient) = both(z)
+        by_stage, (value, gradient), (their_value, their_gradient) = both(z)
         assert np.isfinite(value)
+        np.testing.assert_allclose(by_stage, value, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(value, their_value, rtol=1e-10, atol=1e-10)
         np.testing.assert_allclose(gradient, their_gradient, rtol=1e-10, atol=1e-10)
 
