@@ -43,9 +43,10 @@ from jax.scipy.special import logsumexp
 
 from ebm_ppl import parallel
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, Tuning
+from ebm_ppl.rebase import Rebased
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, check_start, final_values, phase_estimates
-from ebm_ppl.target import Target
+from ebm_ppl.target import Target, Tilted
 from ebm_ppl.typing import (
     Array,
     Draws,
@@ -126,7 +127,7 @@ class Cloud(NamedTuple):
     """Variance of it for particles that follow their targets."""
 
 
-def run(key: PRNGKey, target: Target, sampler: SMC, *, num_runs: int = 1, progress_bar: bool = True) -> Draws:
+def run(key: PRNGKey, target: Target | Rebased, sampler: SMC, *, num_runs: int = 1, progress_bar: bool = True) -> Draws:
     """Independent runs of SMC; `log_z` of the result holds value and standard error of each phase and run.
 
     Raises:
@@ -138,8 +139,7 @@ def run(key: PRNGKey, target: Target, sampler: SMC, *, num_runs: int = 1, progre
     keys = parallel.split(jax.random.split(key, num_runs), most=num_runs)
     clouds = parallel.over(_initial, keys, target, sampler)
     log_z, infos = {}, []
-    for phase in _phases(target):
-        tempered = target.prior() if phase == "prior" else target
+    for phase, tempered in target.phases():
         clouds = parallel.over(_enter, clouds, tempered, phase)
         check_start(np.concatenate([cloud.energy for cloud in clouds]), phase)
         clouds, passed = _run_phase(keys, tempered, sampler, phase, clouds, len(infos), progress_bar)
@@ -163,19 +163,7 @@ def run(key: PRNGKey, target: Target, sampler: SMC, *, num_runs: int = 1, progre
     return Draws(z, {}, attrs, particles=particles, stages=path, log_z=log_z)
 
 
-def _phases(target: Target) -> list[str]:
-    """Prior energies first, then data; both at once where the prior's log Z is known to be zero.
-
-    A conditional tempered without its partition function following suit is a poor path, and here a needless one.
-    """
-    prior = {name for name, role in target.spec.roles if role == "prior"}
-    has_data = len(prior) < len(target.spec.roles)
-    if has_data and prior and prior <= target.spec.normalized:
-        return ["joint"]
-    return ["prior"] * bool(prior) + ["data"] * has_data
-
-
-def _initial(key: PRNGKey, target: Target, sampler: SMC) -> Cloud:
+def _initial(key: PRNGKey, target: Tilted, sampler: SMC) -> Cloud:
     num = sampler.num_particles
     z = jax.vmap(target.sample_reference)(jax.random.split(jax.random.fold_in(key, 0), num))
     zero, zeros = jnp.zeros((), z.dtype), jnp.zeros(num, z.dtype)
@@ -185,14 +173,14 @@ def _initial(key: PRNGKey, target: Target, sampler: SMC) -> Cloud:
     return Cloud(z, zeros, zeros, eve, zero, step_size, zero, zero, share, z, log_weight, zero, drift, zero)
 
 
-def _enter(cloud: Cloud, target: Target, phase: str) -> Cloud:
+def _enter(cloud: Cloud, target: Tilted, phase: str) -> Cloud:
     """The same particles at the start of another phase."""
     base, energy = jax.vmap(lambda z: _split(target, phase, z))(cloud.z)
     zero = jnp.zeros_like(cloud.log_z)
     return cloud._replace(base=base, energy=energy, beta=zero, log_z=zero, variance=zero)
 
 
-def _split(target: Target, phase: str, z: Array) -> tuple[Array, Array]:
+def _split(target: Tilted, phase: str, z: Array) -> tuple[Array, Array]:
     """Log density that stays, and energy that is tempered."""
     log_reference, (prior, data) = target.staged_terms(z)
     if phase == "joint":
@@ -201,7 +189,7 @@ def _split(target: Target, phase: str, z: Array) -> tuple[Array, Array]:
 
 
 def _run_phase(
-    keys: list[Array], target: Target, sampler: SMC, phase: str, clouds: list[Cloud], first: int, progress_bar: bool
+    keys: list[Array], target: Tilted, sampler: SMC, phase: str, clouds: list[Cloud], first: int, progress_bar: bool
 ) -> tuple[list[Cloud], list[tuple[str, StageInfo]]]:
     """All runs to the end of a phase; a run that is there leaves the rest of its record NaN."""
     from tqdm.auto import tqdm
@@ -227,7 +215,7 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
 def _stage(
-    member: tuple[PRNGKey, Cloud], target: Target, sampler: SMC, phase: str, stage: Array
+    member: tuple[PRNGKey, Cloud], target: Tilted, sampler: SMC, phase: str, stage: Array
 ) -> tuple[Cloud, StageInfo]:
     """One stage of a run, or none if it is done: some of its part may be."""
     key, cloud = member
@@ -237,7 +225,7 @@ def _stage(
     return kept, jax.tree.map(lambda x: jnp.where(done, jnp.nan, x), info)
 
 
-def _one_stage(key: PRNGKey, target: Target, sampler: SMC, phase: str, cloud: Cloud) -> tuple[Cloud, StageInfo]:
+def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cloud) -> tuple[Cloud, StageInfo]:
     """Weigh, resample, move: from the temperature of the cloud to the next one."""
     num = sampler.num_particles
     key_resample, key_move = jax.random.split(key)

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import equinox as eqx
 import jax
@@ -42,6 +42,20 @@ from ebm_ppl.typing import (
     PRNGKey,
     Role,
 )
+
+Phase = Literal["prior", "data", "joint"]
+"""Which energies a path from the reference to the target tempers."""
+
+
+class Tilted(Protocol):
+    """A normalised reference tilted by energies: all that a path from the one to the other asks of a target."""
+
+    @property
+    def dim(self) -> int: ...
+
+    def sample_reference(self, key: PRNGKey) -> Array: ...
+
+    def staged_terms(self, z: Array) -> tuple[Array, Array]: ...
 
 
 class Target(eqx.Module):
@@ -187,6 +201,19 @@ class Target(eqx.Module):
         """Unconstrained sites as one flat vector: the inverse of `unravel`."""
         parts = [jnp.ravel(sites[name]) for name in self.latent_names]
         return jnp.concatenate(parts).astype(jnp.result_type(float))
+
+    def phases(self) -> list[tuple[Phase, Target]]:
+        """What a path from the reference tempers in turn, prior energies first, each with the target it leads to.
+
+        Both at once where the prior's log Z is known to be zero: a conditional tempered without its partition function
+        following suit is a poor path, and there a needless one.
+        """
+        prior = {name for name, role in self.spec.roles if role == "prior"}
+        has_data = len(prior) < len(self.spec.roles)
+        if has_data and prior and prior <= self.spec.normalized:
+            return [("joint", self)]
+        before: list[tuple[Phase, Target]] = [("prior", self.prior())] if prior else []
+        return [*before, ("data", self)] if has_data else before
 
     def prior(self) -> Target:
         """The same model with its data taken away: the tilted prior."""

@@ -1,0 +1,226 @@
+"""What a weighted cloud of points looks like as a density: a mixture of multivariate Student t distributions.
+
+    q(z) = sum_k a_k t_nu(z; m_k, F_k F_k')              `StudentMixture.log_density`, `.sample`
+
+Expectation maximisation on two thirds of the points, in coordinates where the cloud has unit covariance; the number of
+components doubles for as long as the other third becomes more likely, and all points have the last word. Components
+share their degrees of freedom nu. The covariance of one that has n_k effective points leans on that of all,
+
+    S_k = (n_k S_k' + dim S) / (n_k + dim)         S = sum_k a_k S_k'
+
+and S leans on the unit matrix in the same way.
+
+References:
+    Peel and McLachlan (2000), Robust mixture modelling using the t distribution; Cappe, Douc, Guillin, Marin and Robert
+    (2008), Adaptive importance sampling in general mixture classes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import solve_triangular
+from jax.scipy.special import gammaln, logsumexp
+
+from ebm_ppl import parallel
+from ebm_ppl.typing import Array, PRNGKey
+
+DEGREES = (3.0, 5.0, 8.0, 15.0, 40.0, 200.0, 2000.0)
+"""Of freedom, to choose from: the first has heavy tails, the last is a normal distribution for every purpose."""
+MOST_COMPONENTS = 64
+POINTS_PER_COMPONENT = 2
+"""Effective points for each dimension of a component, at least."""
+RESTARTS = 2
+MOST_ROUNDS = 50
+SETTLED = 1e-4
+"""Gain in the mean log density, in nats, below which expectation maximisation stops."""
+WORTHWHILE = 0.01
+"""Gain in the mean log density of the points held out, in nats, for which the components are doubled again."""
+
+
+class StudentMixture(eqx.Module):
+    """A mixture of K multivariate Student t distributions with common degrees of freedom; methods take one point."""
+
+    log_weight: Array
+    """(K,)"""
+    mean: Array
+    """(K, dim)"""
+    factor: Array
+    """Lower triangular, (K, dim, dim)."""
+    inverse: Array
+    """Of each factor."""
+    degrees: Array
+
+    def sample(self, key: PRNGKey) -> Array:
+        """One draw, shape (dim,)."""
+        key_component, key_normal, key_width = jax.random.split(key, 3)
+        k = jax.random.categorical(key_component, self.log_weight)
+        normal = jax.random.normal(key_normal, self.mean.shape[1:], self.mean.dtype)
+        width = jnp.sqrt(self.degrees / (2 * jax.random.gamma(key_width, self.degrees / 2)))
+        return self.mean[k] + width * (self.factor[k] @ normal)
+
+    def log_density(self, z: Array) -> Array:
+        """Log density at a point of shape (dim,), in nats."""
+        return logsumexp(self._log_terms(self._distances(z)))
+
+    def _distances(self, z: Array) -> Array:
+        """Squared distances from each mean in units of its component, (K,)."""
+        return jnp.sum(jnp.einsum("kij,kj->ki", self.inverse, z - self.mean) ** 2, axis=-1)
+
+    def _log_terms(self, distances: Array) -> Array:
+        """`log a_k t(z)` of each component, (K,), from the squared distances."""
+        dim, nu = self.mean.shape[1], self.degrees
+        log_volume = -jnp.sum(jnp.log(jnp.diagonal(self.inverse, axis1=1, axis2=2)), axis=1)
+        constant = gammaln((nu + dim) / 2) - gammaln(nu / 2) - dim / 2 * jnp.log(nu * jnp.pi)
+        return self.log_weight + constant - log_volume - (nu + dim) / 2 * jnp.log1p(distances / nu)
+
+
+def fit_mixture(key: PRNGKey, z: Array, weights: Array) -> StudentMixture:
+    """The mixture of Student t distributions that best describes weighted points.
+
+    Args:
+        z: points, shape (num, dim); those of zero weight count for nothing, and may pad the array.
+        weights: not negative, shape (num,).
+    """
+    num, dim = z.shape
+    key_split, key_fit = jax.random.split(key)
+    weights = np.asarray(weights) / np.sum(weights)
+    kept = np.where(jax.random.uniform(key_split, (num,)) < 2 / 3, weights, 0.0)
+    most = np.sum(kept) ** 2 / np.sum(kept**2) / (POINTS_PER_COMPONENT * dim)
+    cloud = parallel.once(_centred, z, weights)
+    best, best_score, num_components = None, -np.inf, 1
+    while num_components <= max(1, min(MOST_COMPONENTS, most)):
+        keys = jax.random.split(jax.random.fold_in(key_fit, num_components), RESTARTS)
+        keys = keys if num_components > 1 else keys[:1]
+        found = parallel.over(_fit, parallel.split(keys), z, kept, weights - kept, cloud, num_components)
+        mixtures, scores = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(found))
+        chosen = int(np.argmax(scores))
+        gain = scores[chosen] - best_score
+        if gain > 0:
+            best, best_score = jax.tree.map(lambda x, i=chosen: x[i], mixtures), scores[chosen]
+        if not gain > WORTHWHILE:
+            break
+        num_components *= 2
+    whole = parallel.over(_refit, [jax.tree.map(lambda x: x[None], best)], z, weights, cloud)[0]
+    return jax.tree.map(lambda x: x[0], whole)
+
+
+def _centred(z: Array, weights: Array) -> tuple[Array, Array]:
+    """Mean of the cloud, and Cholesky factor of its covariance, whose correlations shrink where points are few."""
+    dim = z.shape[1]
+    mean = weights @ z
+    centred = z - mean
+    covariance = (weights[:, None] * centred).T @ centred
+    deviation = jnp.sqrt(jnp.maximum(jnp.diag(covariance), jnp.finfo(z.dtype).tiny * 1e3))
+    shrinkage = dim / (dim + 1 / jnp.sum(weights**2))
+    correlation = (1 - shrinkage) * covariance / jnp.outer(deviation, deviation) + shrinkage * jnp.eye(dim)
+    return mean, jnp.linalg.cholesky(correlation) * deviation[:, None]
+
+
+def _fit(
+    key: PRNGKey, z: Array, kept: Array, held_out: Array, cloud: tuple[Array, Array], num_components: int
+) -> tuple[StudentMixture, Array]:
+    """One fit to the points kept, in whitened coordinates, and the mean log density of those held out."""
+    x = _whitened(z, cloud)
+    kept, held_out = kept / jnp.sum(kept), held_out / jnp.sum(held_out)
+    mixture = _maximise(_start(key, x, kept, num_components), x, kept)
+    return mixture, held_out @ jax.vmap(mixture.log_density)(x)
+
+
+def _refit(mixture: StudentMixture, z: Array, weights: Array, cloud: tuple[Array, Array]) -> StudentMixture:
+    """The fit to all points from that to some of them, in the coordinates of the points."""
+    mixture = _maximise(mixture, _whitened(z, cloud), weights)
+    mean, factor = cloud
+    inverse = solve_triangular(factor, jnp.eye(len(mean), dtype=z.dtype), lower=True)
+    return StudentMixture(
+        mixture.log_weight,
+        mean + mixture.mean @ factor.T,
+        factor @ mixture.factor,
+        mixture.inverse @ inverse,
+        mixture.degrees,
+    )
+
+
+def _whitened(z: Array, cloud: tuple[Array, Array]) -> Array:
+    mean, factor = cloud
+    return solve_triangular(factor, (z - mean).T, lower=True).T
+
+
+def _start(key: PRNGKey, x: Array, weights: Array, num_components: int) -> StudentMixture:
+    """Components at points far from one another, all as wide as points lie apart from the nearest (k-means++)."""
+    num, dim = x.shape
+
+    def add(nearest: Array, key: PRNGKey) -> tuple[Array, Array]:
+        centre = x[jax.random.categorical(key, jnp.log(weights * nearest))]
+        return jnp.minimum(nearest, jnp.sum((x - centre) ** 2, axis=1)), centre
+
+    far = jnp.full(num, 1e6 * dim, x.dtype)
+    nearest, centres = jax.lax.scan(add, far, jax.random.split(key, num_components))
+    width = jnp.sqrt(weights @ nearest / dim) if num_components > 1 else jnp.ones((), x.dtype)
+    eye = jnp.broadcast_to(jnp.eye(dim, dtype=x.dtype), (num_components, dim, dim))
+    log_weight = jnp.full(num_components, -math.log(num_components), x.dtype)
+    return StudentMixture(log_weight, centres, eye * width, eye / width, jnp.asarray(DEGREES[2], x.dtype))
+
+
+def _maximise(mixture: StudentMixture, x: Array, weights: Array) -> StudentMixture:
+    """Expectation maximisation until the mean log density settles."""
+
+    def again(carry: tuple[StudentMixture, Array, Array, Array]) -> Array:
+        _, score, previous, count = carry
+        return (score - previous > SETTLED) & (count < MOST_ROUNDS)
+
+    def one_round(carry: tuple[StudentMixture, Array, Array, Array]) -> tuple[StudentMixture, Array, Array, Array]:
+        mixture, score, _, count = carry
+        mixture, new_score = _improve(mixture, x, weights)
+        return mixture, new_score, score, count + 1
+
+    low = jnp.asarray(-1e30, x.dtype)
+    return jax.lax.while_loop(again, one_round, (mixture, low, 2 * low, jnp.zeros((), int)))[0]
+
+
+def _improve(mixture: StudentMixture, x: Array, weights: Array) -> tuple[StudentMixture, Array]:
+    """One round of expectation maximisation, and the mean log density that it started from."""
+    dim, least = x.shape[1], jnp.finfo(x.dtype).tiny * 1e3
+    distances = jax.vmap(mixture._distances)(x)
+    log_terms = jax.vmap(mixture._log_terms)(distances)
+    log_density = logsumexp(log_terms, axis=1)
+    share = jnp.exp(log_terms - log_density[:, None]) * weights[:, None]
+    mass = jnp.maximum(jnp.sum(share, axis=0), least)
+    pull = share * (mixture.degrees + dim) / (mixture.degrees + distances)
+    mean = pull.T @ x / jnp.maximum(jnp.sum(pull, axis=0), least)[:, None]
+
+    def scatter(of_component: tuple[Array, Array]) -> Array:
+        mean, pull = of_component
+        centred = x - mean
+        return (pull[:, None] * centred).T @ centred
+
+    scatters = jax.lax.map(scatter, (mean, pull.T))
+    points = mass / jnp.sum(weights**2)
+    pooled = (jnp.sum(scatters, axis=0) * jnp.sum(points) + dim * jnp.eye(dim)) / (jnp.sum(points) + dim)
+
+    def factors(of_component: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        scatter, mass, points = of_component
+        factor = jnp.linalg.cholesky((points * scatter / mass + dim * pooled) / (points + dim))
+        return factor, solve_triangular(factor, jnp.eye(dim, dtype=x.dtype), lower=True)
+
+    # Component by component: a batch of matrices would not run in threads (`xla.may_run_beside_itself`).
+    factor, inverse = jax.lax.map(factors, (scatters, mass, points))
+    improved = StudentMixture(jnp.log(mass), mean, factor, inverse, mixture.degrees)
+    return _with_best_degrees(improved, x, weights), weights @ log_density
+
+
+def _with_best_degrees(mixture: StudentMixture, x: Array, weights: Array) -> StudentMixture:
+    distances = jax.vmap(mixture._distances)(x)
+
+    def with_degrees(degrees: Array) -> StudentMixture:
+        return eqx.tree_at(lambda mixture: mixture.degrees, mixture, degrees)
+
+    def score(degrees: Array) -> Array:
+        return weights @ logsumexp(jax.vmap(with_degrees(degrees)._log_terms)(distances), axis=1)
+
+    degrees = jnp.asarray(DEGREES, x.dtype)
+    return with_degrees(degrees[jnp.argmax(jax.lax.map(score, degrees))])

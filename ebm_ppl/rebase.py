@@ -1,0 +1,69 @@
+"""The same density over another reference: what a sampler or an estimator starts from is a choice.
+
+    p(z) = pi_0(z) exp(-U(z)) / Z  =  q(z) exp(-U_q(z)) / Z          U_q = log q - log pi_0 + U
+
+Z is that of the target, whatever the normalised density q; a q near p makes U_q nearly constant, and Z easy to find.
+A share of the old reference stays in q, so that no part of it is lost and the weights p / q stay bounded by theirs:
+
+    q(z) = (1 - defence) proposal(z) + defence pi_0(z)
+
+References:
+    Hesterberg (1995), Weighted average importance sampling and defensive mixture distributions.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ebm_ppl.target import Phase, Target
+from ebm_ppl.typing import Array, PRNGKey
+
+
+class Proposal(Protocol):
+    """A normalised density on unconstrained space; methods take one point."""
+
+    def sample(self, key: PRNGKey) -> Array: ...
+
+    def log_density(self, z: Array) -> Array: ...
+
+
+class Rebased(eqx.Module):
+    """A target over the reference q; it stands wherever a target of one phase does."""
+
+    target: Target
+    proposal: Proposal
+    defence: Array
+    """Share of the target's own reference in q."""
+
+    @property
+    def dim(self) -> int:
+        return self.target.dim
+
+    def phases(self) -> list[tuple[Phase, Rebased]]:
+        """As `Target.phases`: all energies at once."""
+        return [("joint", self)]
+
+    def require_tractable(self) -> None:
+        self.target.require_tractable()
+
+    def require_reference(self) -> None:
+        self.target.require_reference()
+
+    def sample_reference(self, key: PRNGKey) -> Array:
+        """One draw `z ~ q`, shape (dim,)."""
+        key_which, key_proposal, key_own = jax.random.split(key, 3)
+        own = jax.random.uniform(key_which) < self.defence
+        return jnp.where(own, self.target.sample_reference(key_own), self.proposal.sample(key_proposal))
+
+    def staged_terms(self, z: Array) -> tuple[Array, Array]:
+        """`(log q(z), (0, U_q(z)))`, as `Target.staged_terms`."""
+        log_reference, stages = self.target.staged_terms(z)
+        log_q = jnp.logaddexp(
+            jnp.log1p(-self.defence) + self.proposal.log_density(z), jnp.log(self.defence) + log_reference
+        )
+        energy = log_q - log_reference + jnp.sum(stages)
+        return log_q, jnp.stack([jnp.zeros_like(energy), energy])

@@ -1,0 +1,102 @@
+"""Mixtures of Student t distributions: a density against NumPyro's, and fits to clouds whose density is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from limits import z_limit
+
+from ebm_ppl.mixture import StudentMixture, fit_mixture
+
+NUM_POINTS, NUM_DRAWS = 1000, 20_000
+
+
+def made(degrees=7.0):
+    factor = jnp.array([[[1.0, 0.0], [0.6, 0.5]], [[0.2, 0.0], [0.0, 2.0]], [[1.5, 0.0], [-1.0, 0.3]]])
+    inverse = jnp.stack([jnp.linalg.inv(each) for each in factor])
+    mean = jnp.array([[0.0, 1.0], [3.0, -2.0], [-4.0, 0.0]])
+    return StudentMixture(jnp.log(jnp.array([0.2, 0.5, 0.3])), mean, factor, inverse, jnp.asarray(degrees))
+
+
+def as_numpyro(mixture):
+    components = dist.MultivariateStudentT(mixture.degrees, mixture.mean, mixture.factor)
+    return dist.MixtureSameFamily(dist.Categorical(logits=mixture.log_weight), components)
+
+
+def two_clusters(rng, num):
+    first = rng.uniform(size=(num, 1)) < 0.2
+    return np.where(first, rng.normal(-3, 0.5, (num, 4)), rng.normal(1, 0.8, (num, 4)))
+
+
+def fit(z, weights=None, seed=0):
+    return fit_mixture(jax.random.key(seed), jnp.asarray(z), jnp.ones(len(z)) if weights is None else weights)
+
+
+def test_density_is_that_of_numpyro():
+    z = np.random.default_rng(0).normal(0, 4, (50, 2))
+    np.testing.assert_allclose(jax.vmap(made().log_density)(z), as_numpyro(made()).log_prob(z), rtol=1e-12)
+
+
+def test_draws_have_the_moments_of_the_density():
+    z = np.asarray(jax.vmap(made().sample)(jax.random.split(jax.random.key(0), NUM_DRAWS)))
+    weight, spread = np.exp(made().log_weight), 7 / 5 * np.einsum("kij,klj->kil", made().factor, made().factor)
+    mean = weight @ made().mean
+    centred = made().mean - mean
+    covariance = np.einsum("k,kij->ij", weight, spread + centred[:, :, None] * centred[:, None, :])
+    products = (z - mean)[:, :, None] * (z - mean)[:, None, :]
+    scores = [
+        (z.mean(0) - mean) / (z.std(0) / np.sqrt(NUM_DRAWS)),
+        ((products.mean(0) - covariance) / (products.std(0) / np.sqrt(NUM_DRAWS)))[np.tril_indices(2)],
+    ]
+    assert np.max(np.abs(np.concatenate(scores))) < z_limit(5)
+
+
+@pytest.mark.parametrize(
+    ("cloud", "num_components"),
+    [(lambda rng, num: rng.multivariate_normal(np.zeros(6), 0.2 * np.eye(6) + 0.8, num), 1), (two_clusters, 2)],
+    ids=["one normal", "two clusters"],
+)
+def test_components_are_as_many_as_the_cloud_has(cloud, num_components):
+    """And points that were not seen are as likely under the fit as sampling error allows: dim^2 / 4 num a component."""
+    rng = np.random.default_rng(1)
+    mixture = fit(cloud(rng, NUM_POINTS))
+    assert len(mixture.log_weight) == num_components
+    if num_components == 2:
+        weight, error = float(np.exp(np.min(mixture.log_weight))), np.sqrt(0.2 * 0.8 / NUM_POINTS)
+        assert abs(weight - 0.2) < z_limit(1) * error
+
+
+def test_tails_are_seen():
+    rng = np.random.default_rng(2)
+    heavy, light = rng.standard_t(3, (4000, 1)), rng.normal(size=(4000, 1))
+    assert float(fit(light).degrees) >= 40
+    far = fit(heavy).log_density(jnp.array([30.0])) - dist.StudentT(3).log_prob(30.0)
+    assert abs(far) < 1.5  # a normal distribution would be off by hundreds
+
+
+def test_points_of_no_weight_count_for_nothing():
+    rng = np.random.default_rng(3)
+    z = two_clusters(rng, NUM_POINTS)
+    padded = np.concatenate([z, np.full((500, 4), 1e3)])
+    mixture = fit(padded, np.repeat([1.0, 0.0], [NUM_POINTS, 500]))
+    gap = jax.vmap(mixture.log_density)(z) - jax.vmap(fit(z).log_density)(z)
+    assert np.max(np.abs(gap)) < 0.5 and abs(np.mean(gap)) < 0.01
+
+
+def test_units_do_not_matter():
+    rng = np.random.default_rng(4)
+    z, units = two_clusters(rng, NUM_POINTS), np.array([1e-3, 1.0, 50.0, 1e4])
+    plain, scaled = fit(z), fit(z * units)
+    gap = jax.vmap(plain.log_density)(z) - jax.vmap(scaled.log_density)(z * units) - np.log(units).sum()
+    assert np.max(np.abs(gap)) < 1e-4
+
+
+def test_few_points_in_many_dimensions():
+    """Fewer points than dimensions: still a density, and one that is wide enough for the points to come."""
+    rng = np.random.default_rng(5)
+    z = rng.normal(size=(30, 50))
+    mixture = fit(z)
+    unseen = jax.vmap(mixture.log_density)(rng.normal(size=(200, 50)))
+    exact = dist.Normal(0, 1).expand([50]).to_event(1).log_prob(jnp.zeros(50)) - 25
+    assert np.all(np.isfinite(unseen)) and np.mean(unseen) > exact - 50
