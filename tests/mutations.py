@@ -179,9 +179,23 @@ MUTATIONS = (
     Mutation(
         "one key for all chains",
         "mcmc.py",
-        "parallel.split((*keys, np.zeros(num_chains, int)))",
-        "parallel.split((keys[0], jnp.broadcast_to(keys[1][0], (num_chains,)), np.zeros(num_chains, int)))",
+        "return Chain(state, key_chain, adaptation), finite",
+        "return Chain(state, jax.random.fold_in(key, OF_CHAINS), adaptation), finite",
         ("test_mcmc.py::test_chains_are_independent_and_reproducible",),
+    ),
+    Mutation(
+        "mean weight of a fitted reference without -log N",
+        "logz/fitted.py",
+        "np.logaddexp.reduce(self.log_weight) - math.log(len(self.log_weight))",
+        "np.logaddexp.reduce(self.log_weight)",
+        ("logz/test_fitted.py::test_estimate_and_its_error[regression]",),
+    ),
+    Mutation(
+        "density of a fitted reference without its share",
+        "rebase.py",
+        "jnp.log1p(-self.defence) + self.proposal",
+        "self.proposal",
+        ("test_rebase.py::test_reference_is_normalised_and_drawn_from",),
     ),
     Mutation(
         "drift from particles without their weights",
