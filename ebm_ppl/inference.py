@@ -316,7 +316,14 @@ def _predict(key: PRNGKey, target: Target, draws: Any, *, given: Target) -> dict
         known = Predictive(
             energies_model(given), latents, return_sites=target.spec.discrete, infer_discrete=True, batch_ndims=2
         )
-        latents |= known(key_discrete, *target.args, **target.kwargs)
+        try:
+            latents |= known(key_discrete, *target.args, **target.kwargs)
+        except AssertionError as error:  # funsor's, without a word, for discrete sites inside `scan`
+            raise EnergyError(
+                f"The discrete sites {target.spec.discrete} cannot be drawn given the others: NumPyro's infer_discrete "
+                "does not take this model (a scan over discrete sites, say). Posterior, log Z and energies do not need "
+                "them."
+            ) from error
     predictive = Predictive(predictive_model(target), latents, return_sites=sites, batch_ndims=2)
     try:
         return jax.device_get(predictive(key_observed, *target.args, **target.kwargs))

@@ -11,6 +11,7 @@ import pytest
 import xarray as xr
 from arviz_stats import loo
 from limits import t_limit, z_limit
+from numpyro.contrib.control_flow import scan
 from scipy.integrate import quad
 from scipy.special import expit
 
@@ -367,3 +368,23 @@ def test_fingerprint_of_data():
     assert data_id(ebm_ppl.target(renamed, Y)) == data_id(ebm_ppl.target(model, Y))
     assert data_id(ebm_ppl.target(renamed, Y + 1e-3)) != data_id(ebm_ppl.target(model, Y))
     assert data_id(ebm_ppl.target(lambda: numpyro.sample("x", dist.Normal(0.0, 1.0)))) is None
+
+
+def test_discrete_sites_inside_scan_are_refused_for_predictions():
+    """NumPyro's `infer_discrete` fails on them with an empty assertion."""
+
+    def hidden_markov(y):
+        stay = numpyro.sample("stay", dist.Beta(2.0, 2.0))
+
+        def step(state, y):
+            switched = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+            rows = stay * switched + (1 - stay) * (1 - switched)
+            state = numpyro.sample("state", dist.Categorical(rows[state]), infer={"enumerate": "parallel"})
+            numpyro.sample("y", dist.Normal(2.0 * state, 0.5), obs=y)
+            return state, None
+
+        scan(step, 0, y)
+
+    target = ebm_ppl.target(hidden_markov, jnp.array([0.1, 2.2, 1.8, -0.3]))
+    with pytest.raises(ebm_ppl.EnergyError, match="scan over discrete sites"):
+        ebm_ppl.prior_predictive(jax.random.key(0), target, num_samples=5)
