@@ -27,6 +27,7 @@ from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import gammaln, logsumexp
 
 from ebm_ppl import parallel
+from ebm_ppl.scale import DenseScale
 from ebm_ppl.typing import Array, PRNGKey
 
 DEGREES = (3.0, 5.0, 8.0, 15.0, 40.0, 200.0, 2000.0)
@@ -202,14 +203,13 @@ def _improve(mixture: StudentMixture, x: Array, weights: Array) -> tuple[Student
     points = mass / jnp.sum(weights**2)
     pooled = (jnp.sum(scatters, axis=0) * jnp.sum(points) + dim * jnp.eye(dim)) / (jnp.sum(points) + dim)
 
-    def factors(of_component: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    def scale(of_component: tuple[Array, Array, Array]) -> DenseScale:
         scatter, mass, points = of_component
-        factor = jnp.linalg.cholesky((points * scatter / mass + dim * pooled) / (points + dim))
-        return factor, solve_triangular(factor, jnp.eye(dim, dtype=x.dtype), lower=True)
+        return DenseScale.of_covariance((points * scatter / mass + dim * pooled) / (points + dim))
 
     # Component by component: a batch of matrices would not run in threads (`xla.may_run_beside_itself`).
-    factor, inverse = jax.lax.map(factors, (scatters, mass, points))
-    improved = StudentMixture(jnp.log(mass), mean, factor, inverse, mixture.degrees)
+    scales = jax.lax.map(scale, (scatters, mass, points))
+    improved = StudentMixture(jnp.log(mass), mean, scales.factor, scales.inverse, mixture.degrees)
     return _with_best_degrees(improved, x, weights), weights @ log_density
 
 
