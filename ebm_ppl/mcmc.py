@@ -242,7 +242,7 @@ def _start(
     members = parallel.split((np.arange(num_chains), np.zeros(num_chains, int)))
     learned, tuning = parallel.once(_unlearned, sampler, target.dim)
     beginning = key, target, start, learned.step_size
-    chains, _ = parallel.prepare_over(_chain_at, members[0], *beginning).shapes
+    chains, _ = parallel.prepare_over(_chain_at, members[0], *beginning, hurry=True).shapes
     tune = target, max(num_warmup, 60)
     if _is_unadjusted(sampler):
         chains = parallel.prepare_over(_tuned, chains, *tune).shapes
@@ -280,7 +280,7 @@ def _unlearned(sampler: Sampler, dim: int) -> tuple[WarmupState, Tuning]:
 def _finite_chains(members: list[Any], key: PRNGKey, target: Target, start: Any, adaptation: Any) -> list[Chain]:
     """All chains in parts, where log density and gradient are finite, after a bounded number of tries."""
     for _ in range(START_TRIES):
-        results = parallel.over(_chain_at, members, key, target, start, adaptation)
+        results = parallel.over(_chain_at, members, key, target, start, adaptation, hurry=True)
         finite = [np.asarray(ok) for _, ok in results]
         if all(map(np.all, finite)):
             return [chains for chains, _ in results]

@@ -51,14 +51,15 @@ class Program(NamedTuple):
     """Whether several threads may run it at the same time."""
 
 
-def over(function: Callable, parts: list[Any], *shared: Any) -> list[Any]:
+def over(function: Callable, parts: list[Any], *shared: Any, hurry: bool = False) -> list[Any]:
     """`function(member, *shared)` for each member of each part, with the leading axis of its part.
 
     Args:
         function: pure, defined at the top of a module, from arrays to arrays.
         shared: arrays and hashable settings, the same for all.
+        hurry: whether to compile fast rather than well, for what each member runs but once.
     """
-    program = prepare_over(function, parts[0], *shared)
+    program = prepare_over(function, parts[0], *shared, hurry=hurry)
     compiled, shared = program.compiled.result(), eqx.filter(shared, _is_array)
     if len(parts) == 1:
         return [compiled(parts[0], *shared)]
@@ -66,9 +67,9 @@ def over(function: Callable, parts: list[Any], *shared: Any) -> list[Any]:
     return list(in_turn_or_together(lambda part: jax.block_until_ready(compiled(part, *shared)), parts))
 
 
-def prepare_over(function: Callable, part: Any, *shared: Any) -> Program:
+def prepare_over(function: Callable, part: Any, *shared: Any, hurry: bool = False) -> Program:
     """Prepares what `over` will run."""
-    return prepare(_of_part(function), part, *shared)
+    return prepare(_of_part(function), part, *shared, hurry=hurry)
 
 
 def once(function: Callable, *args: Any) -> Any:
