@@ -85,7 +85,7 @@ def g32() -> Problem:
 
 def mix10() -> Problem:
     """A Gaussian with two separated modes of unequal weight: a sum of two Gaussian integrals."""
-    weights, centres, variances = np.array([0.2, 0.8]), np.array([-3.0, 1.0]), np.array([0.25, 0.64])
+    weights, centres, variances = np.array([0.2, 0.8]), np.array([-3.0, 3.0]), np.array([0.25, 0.64])
 
     def mixture(x: jax.Array, extra: float) -> jax.Array:
         parts = dist.Normal(centres, np.sqrt(variances + extra)).log_prob(x[:, None]).sum(axis=0)

@@ -24,7 +24,7 @@ from ebm_ppl.mcmc import ChainState
 from ebm_ppl.probe import check_tails
 from ebm_ppl.smc import SMC, UNSETTLED
 from ebm_ppl.target import Target, energies_model, predictive_model
-from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, LogZ, PRNGKey
+from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, LogZ, PRNGKey, log_mean
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -169,7 +169,7 @@ def _summarise(draws: Draws, fingerprint: str | None) -> LogZ:
     """One `LogZ` from independent runs: values are averaged on the scale of Z."""
     runs = draws.log_z or {}
     phases = [phase for phase in ("prior", "data") if f"{phase}_value" in runs]
-    parts = {phase: _log_mean(runs[f"{phase}_value"]) for phase in phases}
+    parts = {phase: log_mean(runs[f"{phase}_value"]) for phase in phases}
     if not phases:
         return LogZ(0.0, 0.0, method="SMC", data_id=fingerprint)
     last = phases[-1]
@@ -191,10 +191,6 @@ def _std_error(values: np.ndarray, errors: np.ndarray) -> float:
     num = len(values)
     spread = float(np.std(values, ddof=1)) if num > 1 else 0.0
     return max(math.sqrt(float(np.mean(errors**2))), spread) / math.sqrt(num)
-
-
-def _log_mean(values: np.ndarray) -> float:
-    return float(np.logaddexp.reduce(values) - np.log(len(values)))
 
 
 def _check_particles(draws: Draws) -> None:
@@ -233,7 +229,7 @@ def _check_prior(draws: Draws, target: Target) -> None:
     runs = draws.log_z or {}
     if not names or not names <= target.spec.normalized or "data_value" in runs:
         return
-    value, error = _log_mean(runs["prior_value"]), _std_error(runs["prior_value"], runs["prior_std_error"])
+    value, error = log_mean(runs["prior_value"]), _std_error(runs["prior_value"], runs["prior_std_error"])
     if abs(value) > UNLIKELY * error:
         warnings.warn(
             f"log Z of the prior came out as {value:.2f} ± {error:.2f}, but it should be 0, since the log_partition of "

@@ -23,11 +23,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import gammaln, logsumexp
 
 from ebm_ppl import parallel
-from ebm_ppl.scale import DenseScale
+from ebm_ppl.scale import DenseScale, covariance_of
 from ebm_ppl.typing import Array, PRNGKey
 
 DEGREES = (3.0, 5.0, 8.0, 15.0, 40.0, 200.0, 2000.0)
@@ -110,20 +109,13 @@ def fit_mixture(key: PRNGKey, z: Array, weights: Array) -> StudentMixture:
     return jax.tree.map(lambda x: x[0], whole)
 
 
-def _centred(z: Array, weights: Array) -> tuple[Array, Array]:
-    """Mean of the cloud, and Cholesky factor of its covariance, whose correlations shrink where points are few."""
-    dim = z.shape[1]
-    mean = weights @ z
-    centred = z - mean
-    covariance = (weights[:, None] * centred).T @ centred
-    deviation = jnp.sqrt(jnp.maximum(jnp.diag(covariance), jnp.finfo(z.dtype).tiny * 1e3))
-    shrinkage = dim / (dim + 1 / jnp.sum(weights**2))
-    correlation = (1 - shrinkage) * covariance / jnp.outer(deviation, deviation) + shrinkage * jnp.eye(dim)
-    return mean, jnp.linalg.cholesky(correlation) * deviation[:, None]
+def _centred(z: Array, weights: Array) -> tuple[Array, DenseScale]:
+    """Mean of the cloud, and the scale of its covariance."""
+    return weights @ z, DenseScale.of_covariance(covariance_of(z, weights, 1 / jnp.sum(weights**2)))
 
 
 def _fit(
-    key: PRNGKey, z: Array, kept: Array, held_out: Array, cloud: tuple[Array, Array], num_components: int
+    key: PRNGKey, z: Array, kept: Array, held_out: Array, cloud: tuple[Array, DenseScale], num_components: int
 ) -> tuple[StudentMixture, Array]:
     """One fit to the points kept, in whitened coordinates, and the mean log density of those held out."""
     x = _whitened(z, cloud)
@@ -132,23 +124,22 @@ def _fit(
     return mixture, held_out @ jax.vmap(mixture.log_density)(x)
 
 
-def _refit(mixture: StudentMixture, z: Array, weights: Array, cloud: tuple[Array, Array]) -> StudentMixture:
+def _refit(mixture: StudentMixture, z: Array, weights: Array, cloud: tuple[Array, DenseScale]) -> StudentMixture:
     """The fit to all points from that to some of them, in the coordinates of the points."""
     mixture = _maximise(mixture, _whitened(z, cloud), weights)
-    mean, factor = cloud
-    inverse = solve_triangular(factor, jnp.eye(len(mean), dtype=z.dtype), lower=True)
+    mean, scale = cloud
     return StudentMixture(
         mixture.log_weight,
-        mean + mixture.mean @ factor.T,
-        factor @ mixture.factor,
-        mixture.inverse @ inverse,
+        mean + mixture.mean @ scale.factor.T,
+        scale.factor @ mixture.factor,
+        mixture.inverse @ scale.inverse,
         mixture.degrees,
     )
 
 
-def _whitened(z: Array, cloud: tuple[Array, Array]) -> Array:
-    mean, factor = cloud
-    return solve_triangular(factor, (z - mean).T, lower=True).T
+def _whitened(z: Array, cloud: tuple[Array, DenseScale]) -> Array:
+    mean, scale = cloud
+    return (z - mean) @ scale.inverse.T
 
 
 def _start(key: PRNGKey, x: Array, weights: Array, num_components: int) -> StudentMixture:

@@ -7,6 +7,8 @@ step then accepts whatever it is given.)
     L x         `times`     from whitened coordinates to z
     L' g        `pull`      a gradient in z as one in x
     L'^-1 g     `push`      a gradient in x as one in z
+
+`covariance_of` is what a cloud of points says about the covariance, and how far it is believed.
 """
 
 from __future__ import annotations
@@ -74,6 +76,22 @@ class LowRankScale(eqx.Module):
 
     def push(self, gradient: Array) -> Array:
         return self._stretched(gradient, 1.0 / self.stretch) / self.deviation
+
+
+def covariance_of(z: Array, weights: Array, points: Array) -> Array:
+    """Covariance of weighted points, shrunk towards its diagonal by the noise of the estimate, shape (dim, dim).
+
+    Args:
+        z: points, shape (num, dim).
+        weights: that add up to one, shape (num,).
+        points: how many independent ones they are worth.
+    """
+    dim = z.shape[1]
+    centred = z - weights @ z
+    covariance = (weights[:, None] * centred).T @ centred
+    shrinkage = dim / (dim + points)
+    variances = jnp.maximum(jnp.diag(covariance), jnp.finfo(z.dtype).tiny * 1e3)
+    return (1 - shrinkage) * covariance + shrinkage * jnp.diag(variances)
 
 
 Scale = DiagonalScale | DenseScale | LowRankScale

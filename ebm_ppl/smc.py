@@ -44,7 +44,7 @@ from jax.scipy.special import logsumexp
 from ebm_ppl import parallel
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, Tuning
 from ebm_ppl.rebase import Rebased
-from ebm_ppl.scale import DenseScale
+from ebm_ppl.scale import DenseScale, covariance_of
 from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, check_start, final_values, phase_estimates
 from ebm_ppl.target import Target, Tilted
 from ebm_ppl.typing import (
@@ -255,7 +255,8 @@ def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cl
 
     start = cloud.z[ancestors].reshape(2, num // 2, -1)
     # Not by vmap: with a batch of matrices the runs would have to go one at a time (`xla.may_run_beside_itself`).
-    halves = [DenseScale.of_covariance(_covariance(half, ess / 2)) for half in start[::-1]]
+    equal = jnp.full(num // 2, 2 / num, start.dtype)
+    halves = [DenseScale.of_covariance(covariance_of(half, equal, ess / 2)) for half in start[::-1]]
     scales = jax.tree.map(lambda *of_halves: jnp.stack(of_halves), *halves)
     moved = _move(key_move, start, log_density, sampler, cloud.step_size, scales)
     z = moved.states.position.reshape(num, -1)
@@ -313,16 +314,6 @@ def _temperature_step(energy: Array, beta: Array, target_ess: float) -> Array:
         return log_ess(jnp.where(alive, -step * safe, -jnp.inf)) - wanted
 
     return dichotomy(surplus, jnp.zeros_like(beta), 1.0 - beta, eps=1e-6)
-
-
-def _covariance(z: Array, ess: Array) -> Array:
-    """Covariance of a cloud, shrunk towards its diagonal by the noise of the estimate, shape (dim, dim)."""
-    num, dim = z.shape
-    centred = z - jnp.mean(z, axis=0)
-    covariance = centred.T @ centred / num
-    shrinkage = dim / (dim + ess)
-    variances = jnp.maximum(jnp.diag(covariance), jnp.finfo(z.dtype).tiny * 1e3)
-    return (1 - shrinkage) * covariance + shrinkage * jnp.diag(variances)
 
 
 class Moved(NamedTuple):

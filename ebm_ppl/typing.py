@@ -171,3 +171,8 @@ class Draws:
     particles: dict[str, Array] | None = None
     stages: dict[str, np.ndarray] | None = None
     log_z: dict[str, np.ndarray] | None = None
+
+
+def log_mean(log_values: np.ndarray) -> float:
+    """log of the mean of numbers given by their logs: what estimates of one Z are averaged by."""
+    return float(np.logaddexp.reduce(log_values) - math.log(len(log_values)))

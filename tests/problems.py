@@ -426,6 +426,13 @@ def _eight_schools() -> Problem:
 # Energies
 
 
+def _with_tilted_prior(log_prior: np.ndarray, log_mass: np.ndarray, sites: dict[str, Any], **facts: Any) -> Problem:
+    """A model with prior energies and data, from its log masses at the nodes without the data and with them."""
+    log_z_prior, _, _ = _moments(log_prior)
+    log_z, means, variances = _moments(log_mass, **sites)
+    return Problem(log_z=log_z - log_z_prior, log_z_prior=log_z_prior, means=means, variances=variances, **facts)
+
+
 def _double_well() -> Problem:
     def model():
         x = numpyro.sample("x", dist.Normal(0.3, 1.0))
@@ -458,17 +465,14 @@ def _tilted_prior() -> Problem:
     a, weight_a = a[:, None], weight_a[:, None]
     log_prior = weight_a + weight_b + st.norm.logpdf(a, 0.0, 1.5) + st.norm.logpdf(b, 0.0, 1.5)
     log_prior = log_prior - 2.0 * (b - 0.5 * a**2) ** 2
-    log_z_prior, _, _ = _moments(log_prior)
     log_mass = log_prior + st.norm.logpdf(y[:, None, None], a + b).sum(0)
-    log_z, means, variances = _moments(log_mass, x=np.stack(np.broadcast_arrays(a, b)))
-    return Problem(
+    return _with_tilted_prior(
+        log_prior,
+        log_mass,
+        {"x": np.stack(np.broadcast_arrays(a, b))},
         name="tilted_prior",
         model=model,
         args=(y,),
-        log_z=log_z - log_z_prior,
-        log_z_prior=log_z_prior,
-        means=means,
-        variances=variances,
         how="A curved prior energy and data: quadrature over both coordinates, with data and without.",
         samplers=STEEP,
     )
@@ -483,16 +487,13 @@ def _three_roles() -> Problem:
 
     x, log_weight = _line(0.0, 15.0)
     log_prior = log_weight + st.gamma(2.0).logpdf(x) - 0.5 * (x - 3.0) ** 2
-    log_z_prior, _, _ = _moments(log_prior)
-    log_z, means, variances = _moments(log_prior - 1.5 * np.log1p((x - 1.0) ** 2) + st.poisson(x).logpmf(3), x=x)
-    return Problem(
+    return _with_tilted_prior(
+        log_prior,
+        log_prior - 1.5 * np.log1p((x - 1.0) ** 2) + st.poisson(x).logpmf(3),
+        {"x": x},
         name="three_roles",
         model=model,
         args=(np.array(3),),
-        log_z=log_z - log_z_prior,
-        log_z_prior=log_z_prior,
-        means=means,
-        variances=variances,
         how="A prior energy, a loss and an observation on the positive half line: quadrature.",
         samplers=ONE_DIMENSION,
     )
@@ -528,16 +529,13 @@ def _constant_partition() -> Problem:
 
     x, log_weight = _line(-8.0, 8.0)
     log_prior = log_weight + st.norm.logpdf(x, 0.0, 1.5) - 1.2 * (x**2 - 1) ** 2
-    log_z_prior, _, _ = _moments(log_prior)
-    log_z, means, variances = _moments(log_prior + st.norm.logpdf(0.4, x, 0.9), x=x)
-    return Problem(
+    return _with_tilted_prior(
+        log_prior,
+        log_prior + st.norm.logpdf(0.4, x, 0.9),
+        {"x": x},
         name="constant_partition",
         model=model,
         args=(np.array(0.4),),
-        log_z=log_z - log_z_prior,
-        log_z_prior=log_z_prior,
-        means=means,
-        variances=variances,
         how="An unnormalised latent whose Z is a constant, found on the way: quadrature.",
         samplers=STEEP_LINE,
     )
@@ -555,18 +553,15 @@ def _enumerated() -> Problem:
 
     mu, log_weight = _line(-7.0, 7.0)
     log_prior = log_weight + st.norm.logpdf(mu, 0.0, 2.0) - 0.05 * mu**4
-    log_z_prior, _, _ = _moments(log_prior)
     inlier = np.log(0.8) + st.norm.logpdf(y[:, None], mu, 0.5)
     log_mass = log_prior + np.logaddexp(inlier, np.log(0.2) + st.norm.logpdf(y[:, None], 0.0, 4.0)).sum(0)
-    log_z, means, variances = _moments(log_mass, mu=mu)
-    return Problem(
+    return _with_tilted_prior(
+        log_prior,
+        log_mass,
+        {"mu": mu},
         name="enumerated",
         model=model,
         args=(y,),
-        log_z=log_z - log_z_prior,
-        log_z_prior=log_z_prior,
-        means=means,
-        variances=variances,
         how="Discrete sites summed out in closed form, under a tilted prior: quadrature over what is left.",
         samplers=STEEP_LINE,
     )

@@ -353,8 +353,8 @@ def test_runs_of_a_model_without_linear_algebra_go_in_threads(monkeypatch):
     """Our own covariances are of one matrix each: a batch of them would make the runs take turns."""
     prepare, in_threads = parallel.prepare_over, {}
 
-    def recorded(function, *args):
-        program = prepare(function, *args)
+    def recorded(function, *args, **settings):
+        program = prepare(function, *args, **settings)
         in_threads[function.__name__] = program.in_threads
         return program
 

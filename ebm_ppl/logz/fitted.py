@@ -28,7 +28,7 @@ from ebm_ppl.mixture import fit_mixture
 from ebm_ppl.rebase import Rebased
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target
-from ebm_ppl.typing import Array, EnergyError, PRNGKey
+from ebm_ppl.typing import Array, EnergyError, PRNGKey, log_mean
 
 LARGEST_K = 0.5
 """Of Pareto's k: beyond it the weights have no variance, and the error bar no meaning."""
@@ -98,7 +98,7 @@ class Weighed(NamedTuple):
     @property
     def value(self) -> float:
         """log of the mean weight."""
-        return float(np.logaddexp.reduce(self.log_weight) - math.log(len(self.log_weight)))
+        return log_mean(self.log_weight)
 
     @property
     def effective_share(self) -> float:
