@@ -3,8 +3,10 @@
 from ebm_ppl import xla  # noqa: F401  # first, since it is in time only before the import of BlackJAX
 from ebm_ppl.distribution import EnergyDistribution, energy_factor
 from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, ScaledEnergy, SumEnergy
-from ebm_ppl.inference import log_z, posterior_predictive, prior_predictive, read_log_z, sample
+from ebm_ppl.evidence import log_z, read_log_z
+from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
+from ebm_ppl.logz.fitted import FittedReference
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_energies, plot_smc
 from ebm_ppl.smc import SMC
@@ -34,6 +36,7 @@ __all__ = [
     "EnergyError",
     "EnergyShapeError",
     "EnergyWarning",
+    "FittedReference",
     "FunctionEnergy",
     "IncomparableError",
     "IntractablePartitionError",

@@ -1,14 +1,11 @@
-"""The questions that are asked of a target: draws, the partition function, and predictions.
+"""The questions that are asked of a target beside its log evidence: draws and predictions.
 
 data  = sample(key, target, NUTS())          draws of p(z), as a DataTree
-log_z = log_z(key, target, SMC())            the log evidence, with its standard error
 prior_predictive, posterior_predictive       draws of the data, from the tilted prior or the posterior
 """
 
 from __future__ import annotations
 
-import math
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -17,21 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import Predictive
 
-from ebm_ppl import mcmc, smc
-from ebm_ppl.arviz import Coords, Dims, data_id, from_groups, prepare, to_datatree
+from ebm_ppl import mcmc
+from ebm_ppl.arviz import Coords, Dims, from_groups, prepare, to_datatree
+from ebm_ppl.evidence import weigh
 from ebm_ppl.kernels import NUTS
 from ebm_ppl.mcmc import ChainState
 from ebm_ppl.probe import check_tails
-from ebm_ppl.smc import SMC, UNSETTLED
+from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, energies_model, predictive_model
-from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, LogZ, PRNGKey, log_mean
+from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey, as_key
 
 if TYPE_CHECKING:
     import xarray as xr
-
-LARGE_ENERGY = 1e6
-UNLIKELY = 5.0
-"""Standard errors from its known value at which an estimate is called wrong."""
 
 
 def sample(
@@ -80,7 +74,7 @@ def sample(
     Example:
         >>> data = ebm_ppl.sample(jax.random.key(0), ebm_ppl.target(model, y=y))
     """
-    key = _as_key(key)
+    key = as_key(key)
     sampler = NUTS() if sampler is None else sampler
     target.require_tractable()
     if isinstance(sampler, SMC):
@@ -90,7 +84,7 @@ def sample(
                 "num_samples, num_warmup, thin and state alone."
             )
         check_tails(target, needs_normalisation=True)
-        draws = _weigh(key, target, sampler, num_chains, progress_bar)
+        draws = weigh(key, target, sampler, num_chains, progress_bar)
         return to_datatree(target, draws, coords=coords, dims=dims, log_likelihood=log_likelihood)
     if state is None:
         check_tails(target, needs_normalisation=False)
@@ -111,135 +105,6 @@ def sample(
     return (data, state) if return_state else data
 
 
-def log_z(
-    key: PRNGKey,
-    target: Target,
-    method: SMC | None = None,
-    *,
-    num_runs: int = 1,
-    progress_bar: bool = False,
-) -> LogZ:
-    """The log evidence of a model (log Z of its prior where it has no data), in nats, with a standard error.
-
-    Args:
-        key: from `jax.random.key`.
-        target: from `ebm_ppl.target`.
-        method: the estimator, `SMC()` by default.
-        num_runs: independent runs. With one, the error comes from the run's genealogy; with more, from the larger of
-            the spread between runs and their genealogies.
-
-    Returns:
-        `LogZ`; differences of two are log Bayes factors.
-
-    Raises:
-        NoReferenceError: for improper, masked or scaled latent sites, and densities that cannot be normalised.
-        IntractablePartitionError: where the evidence lacks an unknown partition function.
-    """
-    key = _as_key(key)
-    method = SMC() if method is None else method
-    target.require_tractable()
-    target.require_reference()
-    target.require_known_constant()
-    check_tails(target, needs_normalisation=True)
-    draws = _weigh(key, target, method, num_runs, progress_bar)
-    return _summarise(draws, data_id(target))
-
-
-def _weigh(key: PRNGKey, target: Target, sampler: SMC, num_runs: int, progress_bar: bool) -> Draws:
-    """SMC, with what its numbers say about themselves."""
-    draws = smc.run(key, target, sampler, num_runs=num_runs, progress_bar=progress_bar)
-    _check_particles(draws)
-    _check_prior(draws, target)
-    return draws
-
-
-def read_log_z(data: xr.DataTree) -> LogZ:
-    """The `LogZ` of a result of `sample(key, target, SMC())`, from its group `log_z`."""
-    if "log_z" not in data.children:
-        raise EnergyError("This result has no group 'log_z': only SMC estimates it while it samples.")
-    estimates = {str(name): np.asarray(value) for name, value in data["log_z"].data_vars.items()}
-    draws = Draws(jnp.empty(0), {}, {str(name): value for name, value in data.attrs.items()}, log_z=estimates)
-    return _summarise(draws, data.attrs.get("data_id"))
-
-
-_DIAGNOSTICS = "num_evaluations", "num_nan_energy", "largest_drift"
-
-
-def _summarise(draws: Draws, fingerprint: str | None) -> LogZ:
-    """One `LogZ` from independent runs: values are averaged on the scale of Z."""
-    runs = draws.log_z or {}
-    phases = [phase for phase in ("prior", "data") if f"{phase}_value" in runs]
-    parts = {phase: log_mean(runs[f"{phase}_value"]) for phase in phases}
-    if not phases:
-        return LogZ(0.0, 0.0, method="SMC", data_id=fingerprint)
-    last = phases[-1]
-    values, errors = runs[f"{last}_value"], runs[f"{last}_std_error"]
-    diagnostics = {name: draws.attrs[name] for name in _DIAGNOSTICS if name in draws.attrs}
-    return LogZ(
-        value=parts[last],
-        std_error=_std_error(values, errors),
-        method="SMC",
-        parts=parts,
-        replicates=values,
-        data_id=fingerprint,
-        diagnostics=diagnostics | {"run_std_errors": errors.tolist()},
-    )
-
-
-def _std_error(values: np.ndarray, errors: np.ndarray) -> float:
-    """Of the mean of independent runs: from their genealogies or from their spread, whichever is larger."""
-    num = len(values)
-    spread = float(np.std(values, ddof=1)) if num > 1 else 0.0
-    return max(math.sqrt(float(np.mean(errors**2))), spread) / math.sqrt(num)
-
-
-def _check_particles(draws: Draws) -> None:
-    """Counts NaN energies aloud, and says where the particles lag behind or single precision is too coarse."""
-    if draws.attrs.get("num_nan_energy"):
-        warnings.warn(
-            f"The energy was NaN {draws.attrs['num_nan_energy']} times; such points were given zero mass, and are "
-            "counted in smc['num_nan'].",
-            EnergyWarning,
-            stacklevel=4,
-        )
-    drift = float(draws.attrs.get("largest_drift", 0.0))
-    if drift > UNSETTLED:
-        warnings.warn(
-            f"The moves of SMC carried a coordinate's mean by {drift:.1f} standard errors along the path, where 0 is "
-            "expected: the particles lag behind their targets, and log Z and the posterior may be off by far more than "
-            "the stated error. More moves (num_moves), a larger target_ess or a reparametrised model help; more "
-            "particles alone do not. smc['drift'] has the path.",
-            EnergyWarning,
-            stacklevel=4,
-        )
-    largest = float(draws.attrs.get("largest_mean_energy", 0.0))
-    if largest > LARGE_ENERGY and draws.z.dtype == jnp.float32:
-        warnings.warn(
-            f"Energies reach {largest:.1e} nats in single precision, which resolves them to {largest * 6e-8:.1e} nats "
-            "(this is part of the standard error): set jax.config.update('jax_enable_x64', True), or subtract a "
-            "constant from the energy.",
-            EnergyWarning,
-            stacklevel=4,
-        )
-
-
-def _check_prior(draws: Draws, target: Target) -> None:
-    """Where every prior energy came with its log partition function, log Z of the prior must be zero."""
-    names = {name for name, role in target.spec.roles if role == "prior"}
-    runs = draws.log_z or {}
-    if not names or not names <= target.spec.normalized or "data_value" in runs:
-        return
-    value, error = log_mean(runs["prior_value"]), _std_error(runs["prior_value"], runs["prior_std_error"])
-    if abs(value) > UNLIKELY * error:
-        warnings.warn(
-            f"log Z of the prior came out as {value:.2f} ± {error:.2f}, but it should be 0, since the log_partition of "
-            f"{', '.join(map(repr, sorted(names)))} was given. Either that is wrong, or the particles did not mix: use "
-            "more num_moves or num_particles, another parametrisation, or sampler=NUTS().",
-            EnergyWarning,
-            stacklevel=4,
-        )
-
-
 def prior_predictive(
     key: PRNGKey,
     target: Target,
@@ -257,7 +122,7 @@ def prior_predictive(
         num_samples: draws, or particles of the default SMC.
         sampler: what draws from a tilted prior: SMC by default, or a Markov chain.
     """
-    key_draw, key_predict = jax.random.split(_as_key(key))
+    key_draw, key_predict = jax.random.split(as_key(key))
     prior = target.prior()
     prior.require_tractable()
     prior.require_reference()
@@ -275,7 +140,7 @@ def prior_predictive(
 def _prior_draws(key: PRNGKey, prior: Target, num_samples: int, sampler: mcmc.Sampler | SMC | None) -> Draws:
     if sampler is None or isinstance(sampler, SMC):
         sampler = SMC(num_particles=num_samples + num_samples % 2) if sampler is None else sampler
-        return _weigh(key, prior, sampler, num_runs=1, progress_bar=False)
+        return weigh(key, prior, sampler, num_runs=1, progress_bar=False)
     draws, _ = mcmc.run(key, prior, sampler, num_chains=1, num_warmup=500, num_samples=num_samples, progress_bar=False)
     return draws
 
@@ -297,7 +162,7 @@ def posterior_predictive(
 
     Add it to a result by `data.update(posterior_predictive(key, target, data))`.
     """
-    predicted = _predict(_as_key(key), target, data["posterior"], given=target)
+    predicted = _predict(as_key(key), target, data["posterior"], given=target)
     return from_groups(target, {"posterior_predictive": predicted}, coords=coords, dims=dims)
 
 
@@ -327,12 +192,3 @@ def _predict(key: PRNGKey, target: Target, draws: Any, *, given: Target) -> dict
         raise EnergyError(
             f"One of the observed sites {sites} cannot be sampled: an EnergyDistribution has no sampler of its own."
         ) from error
-
-
-def _as_key(key: Any) -> PRNGKey:
-    """A typed key; keys of the older kind (two integers) are taken too."""
-    if jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
-        return key
-    if jnp.shape(key) == (2,):
-        return jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32))
-    raise EnergyError(f"The first argument is a key, jax.random.key(seed); got {key!r}.")

@@ -1,10 +1,11 @@
 """What a weighted cloud of points looks like as a density: a mixture of multivariate Student t distributions.
 
     q(z) = sum_k a_k t_nu(z; m_k, F_k F_k')              `StudentMixture.log_density`, `.sample`
+    z = T(u) ~ q for u uniform on the cube               `StudentMixture.from_cube`
 
 Expectation maximisation on two thirds of the points, in coordinates where the cloud has unit covariance; the number of
-components doubles for as long as the other third becomes more likely, and all points have the last word. Components
-share their degrees of freedom nu. The covariance of one that has n_k effective points leans on that of all,
+components doubles for as long as the other third becomes more likely, and all points have the last word. The components
+of a fit share their degrees of freedom nu. The covariance of one that has n_k effective points leans on that of all,
 
     S_k = (n_k S_k' + dim S) / (n_k + dim)         S = sum_k a_k S_k'
 
@@ -24,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import gammaln, logsumexp
+from scipy.special import ndtri
+from scipy.stats import chi2
 
 from ebm_ppl import parallel
 from ebm_ppl.scale import DenseScale, covariance_of
@@ -31,19 +34,23 @@ from ebm_ppl.typing import Array, PRNGKey
 
 DEGREES = (3.0, 5.0, 8.0, 15.0, 40.0, 200.0, 2000.0)
 """Of freedom, to choose from: the first has heavy tails, the last is a normal distribution for every purpose."""
+TAILS = 4.0
+"""Degrees of freedom of what guards the tails."""
 MOST_COMPONENTS = 64
 POINTS_PER_COMPONENT = 2
 """Effective points for each dimension of a component, at least."""
 RESTARTS = 2
 MOST_ROUNDS = 50
 SETTLED = 1e-4
-"""Gain in the mean log density, in nats, below which expectation maximisation stops."""
+"""Gain in the mean log density of a round, in nats, below which expectation maximisation stops."""
+ALMOST_SETTLED = 1e-3
+"""The same where fits are only compared."""
 WORTHWHILE = 0.01
 """Gain in the mean log density of the points held out, in nats, for which the components are doubled again."""
 
 
 class StudentMixture(eqx.Module):
-    """A mixture of K multivariate Student t distributions with common degrees of freedom; methods take one point."""
+    """A mixture of K multivariate Student t distributions; methods take one point."""
 
     log_weight: Array
     """(K,)"""
@@ -54,18 +61,51 @@ class StudentMixture(eqx.Module):
     inverse: Array
     """Of each factor."""
     degrees: Array
+    """Of freedom, (K,)."""
 
     def sample(self, key: PRNGKey) -> Array:
         """One draw, shape (dim,)."""
         key_component, key_normal, key_width = jax.random.split(key, 3)
         k = jax.random.categorical(key_component, self.log_weight)
         normal = jax.random.normal(key_normal, self.mean.shape[1:], self.mean.dtype)
-        width = jnp.sqrt(self.degrees / (2 * jax.random.gamma(key_width, self.degrees / 2)))
+        width = jnp.sqrt(self.degrees[k] / (2 * jax.random.gamma(key_width, self.degrees[k] / 2)))
         return self.mean[k] + width * (self.factor[k] @ normal)
+
+    def from_cube(self, u: np.ndarray) -> np.ndarray:
+        """Points of the unit cube, shape (num, dim + 2), as draws, shape (num, dim), on the host.
+
+        The first coordinate chooses the component, the second its width, the others the place in it: where the points
+        fill the cube evenly (`scipy.stats.qmc`), the draws fill q evenly.
+        """
+        log_weight, mean, factor = (np.asarray(x) for x in (self.log_weight, self.mean, self.factor))
+        shares = np.cumsum(np.exp(log_weight.astype(float)))
+        k = np.minimum(np.searchsorted(shares / shares[-1], u[:, 0], side="right"), len(mean) - 1)
+        nu = np.asarray(self.degrees, float)[k]
+        width = np.sqrt(nu / chi2.isf(u[:, 1], nu))
+        x = width[:, None] * ndtri(u[:, 2:])
+        z = np.empty_like(x)
+        for component in np.unique(k):
+            here = k == component
+            z[here] = mean[component] + x[here] @ factor[component].T
+        return z.astype(mean.dtype)
 
     def log_density(self, z: Array) -> Array:
         """Log density at a point of shape (dim,), in nats."""
         return logsumexp(self._log_terms(self._distances(z)))
+
+    def with_tails(self, share: float) -> StudentMixture:
+        """With a share of each component given heavy tails, since a fit sees the bulk alone."""
+
+        def both(x: Array, y: Array) -> Array:
+            return jnp.concatenate([x, y])
+
+        return StudentMixture(
+            both(self.log_weight + math.log1p(-share), self.log_weight + math.log(share)),
+            both(self.mean, self.mean),
+            both(self.factor, self.factor),
+            both(self.inverse, self.inverse),
+            both(self.degrees, jnp.full_like(self.degrees, TAILS)),
+        )
 
     def _distances(self, z: Array) -> Array:
         """Squared distances from each mean in units of its component, (K,)."""
@@ -79,12 +119,13 @@ class StudentMixture(eqx.Module):
         return self.log_weight + constant - log_volume - (nu + dim) / 2 * jnp.log1p(distances / nu)
 
 
-def fit_mixture(key: PRNGKey, z: Array, weights: Array) -> StudentMixture:
+def fit_mixture(key: PRNGKey, z: Array, weights: Array, num_components: int = 1) -> StudentMixture:
     """The mixture of Student t distributions that best describes weighted points.
 
     Args:
         z: points, shape (num, dim); those of zero weight count for nothing, and may pad the array.
         weights: not negative, shape (num,).
+        num_components: fewest components to try.
     """
     num, dim = z.shape
     key_split, key_fit = jax.random.split(key)
@@ -92,8 +133,8 @@ def fit_mixture(key: PRNGKey, z: Array, weights: Array) -> StudentMixture:
     kept = np.where(jax.random.uniform(key_split, (num,)) < 2 / 3, weights, 0.0)
     most = np.sum(kept) ** 2 / np.sum(kept**2) / (POINTS_PER_COMPONENT * dim)
     cloud = parallel.once(_centred, z, weights)
-    best, best_score, num_components = None, -np.inf, 1
-    while num_components <= max(1, min(MOST_COMPONENTS, most)):
+    best, best_score = None, -np.inf
+    while best is None or num_components <= min(MOST_COMPONENTS, most):
         keys = jax.random.split(jax.random.fold_in(key_fit, num_components), RESTARTS)
         keys = keys if num_components > 1 else keys[:1]
         found = parallel.over(_fit, parallel.split(keys), z, kept, weights - kept, cloud, num_components)
@@ -120,13 +161,13 @@ def _fit(
     """One fit to the points kept, in whitened coordinates, and the mean log density of those held out."""
     x = _whitened(z, cloud)
     kept, held_out = kept / jnp.sum(kept), held_out / jnp.sum(held_out)
-    mixture = _maximise(_start(key, x, kept, num_components), x, kept)
+    mixture = _maximise(_start(key, x, kept, num_components), x, kept, ALMOST_SETTLED)
     return mixture, held_out @ jax.vmap(mixture.log_density)(x)
 
 
 def _refit(mixture: StudentMixture, z: Array, weights: Array, cloud: tuple[Array, DenseScale]) -> StudentMixture:
     """The fit to all points from that to some of them, in the coordinates of the points."""
-    mixture = _maximise(mixture, _whitened(z, cloud), weights)
+    mixture = _maximise(mixture, _whitened(z, cloud), weights, SETTLED)
     mean, scale = cloud
     return StudentMixture(
         mixture.log_weight,
@@ -155,15 +196,15 @@ def _start(key: PRNGKey, x: Array, weights: Array, num_components: int) -> Stude
     width = jnp.sqrt(weights @ nearest / dim) if num_components > 1 else jnp.ones((), x.dtype)
     eye = jnp.broadcast_to(jnp.eye(dim, dtype=x.dtype), (num_components, dim, dim))
     log_weight = jnp.full(num_components, -math.log(num_components), x.dtype)
-    return StudentMixture(log_weight, centres, eye * width, eye / width, jnp.asarray(DEGREES[2], x.dtype))
+    return StudentMixture(log_weight, centres, eye * width, eye / width, jnp.full(num_components, DEGREES[2], x.dtype))
 
 
-def _maximise(mixture: StudentMixture, x: Array, weights: Array) -> StudentMixture:
+def _maximise(mixture: StudentMixture, x: Array, weights: Array, settled: float) -> StudentMixture:
     """Expectation maximisation until the mean log density settles."""
 
     def again(carry: tuple[StudentMixture, Array, Array, Array]) -> Array:
         _, score, previous, count = carry
-        return (score - previous > SETTLED) & (count < MOST_ROUNDS)
+        return (score - previous > settled) & (count < MOST_ROUNDS)
 
     def one_round(carry: tuple[StudentMixture, Array, Array, Array]) -> tuple[StudentMixture, Array, Array, Array]:
         mixture, score, _, count = carry
@@ -208,7 +249,7 @@ def _with_best_degrees(mixture: StudentMixture, x: Array, weights: Array) -> Stu
     distances = jax.vmap(mixture._distances)(x)
 
     def with_degrees(degrees: Array) -> StudentMixture:
-        return eqx.tree_at(lambda mixture: mixture.degrees, mixture, degrees)
+        return eqx.tree_at(lambda mixture: mixture.degrees, mixture, jnp.full_like(mixture.degrees, degrees))
 
     def score(degrees: Array) -> Array:
         return weights @ logsumexp(jax.vmap(with_degrees(degrees)._log_terms)(distances), axis=1)

@@ -18,8 +18,9 @@ from typing import Protocol
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ebm_ppl.target import Phase, Target
+from ebm_ppl.target import Phase, Tilted
 from ebm_ppl.typing import Array, PRNGKey
 
 
@@ -30,11 +31,15 @@ class Proposal(Protocol):
 
     def log_density(self, z: Array) -> Array: ...
 
+    def from_cube(self, u: np.ndarray) -> np.ndarray:
+        """Draws from points of the unit cube, of two dimensions more, on the host."""
+        ...
+
 
 class Rebased(eqx.Module):
     """A target over the reference q; it stands wherever a target of one phase does."""
 
-    target: Target
+    target: Tilted
     proposal: Proposal
     defence: Array
     """Share of the target's own reference in q."""

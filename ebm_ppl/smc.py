@@ -43,10 +43,9 @@ from jax.scipy.special import logsumexp
 
 from ebm_ppl import parallel
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, Tuning
-from ebm_ppl.rebase import Rebased
 from ebm_ppl.scale import DenseScale, covariance_of
 from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, check_start, final_values, phase_estimates
-from ebm_ppl.target import Target, Tilted
+from ebm_ppl.target import Tilted
 from ebm_ppl.typing import (
     Array,
     Draws,
@@ -127,7 +126,7 @@ class Cloud(NamedTuple):
     """Variance of it for particles that follow their targets."""
 
 
-def run(key: PRNGKey, target: Target | Rebased, sampler: SMC, *, num_runs: int = 1, progress_bar: bool = True) -> Draws:
+def run(key: PRNGKey, target: Tilted, sampler: SMC, *, num_runs: int = 1, progress_bar: bool = True) -> Draws:
     """Independent runs of SMC; `log_z` of the result holds value and standard error of each phase and run.
 
     Raises:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
@@ -85,6 +86,8 @@ class LogZ:
         lower, upper: bounds where the method brackets log Z, else None.
         data_id: fingerprint of the observed values; None where there are none.
         diagnostics: what says whether to trust the number.
+        story: how the estimate was reached, a sentence for each step.
+        doubts: why not to trust it, a sentence for each reason; empty where nothing speaks against it.
 
     Raises:
         IncomparableError: on subtracting estimates of different data.
@@ -99,6 +102,8 @@ class LogZ:
     upper: float | None = None
     data_id: str | None = None
     diagnostics: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    story: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    doubts: tuple[str, ...] = ()
 
     def __sub__(self, other: LogZ | float) -> LogZ:
         return self._combine(other, -1.0)
@@ -125,7 +130,7 @@ class LogZ:
         return self.value
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.std_error:.3f}"
+        return f"{self.value:.3f} ± {self.std_error:.3f}" + (" (in doubt: see its doubts)" if self.doubts else "")
 
     def _combine(self, other: LogZ | float, sign: float) -> LogZ:
         if not isinstance(other, LogZ):
@@ -149,6 +154,7 @@ class LogZ:
             method=self.method if self.method == other.method else f"{self.method}, {other.method}",
             lower=None if self.lower is None or low is None else self.lower + sign * low,
             upper=None if self.upper is None or high is None else self.upper + sign * high,
+            doubts=tuple(dict.fromkeys(self.doubts + other.doubts)),
         )
 
 
@@ -176,3 +182,12 @@ class Draws:
 def log_mean(log_values: np.ndarray) -> float:
     """log of the mean of numbers given by their logs: what estimates of one Z are averaged by."""
     return float(np.logaddexp.reduce(log_values) - math.log(len(log_values)))
+
+
+def as_key(key: Any) -> PRNGKey:
+    """A typed key; keys of the older kind (two integers) are taken too."""
+    if jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
+        return key
+    if jnp.shape(key) == (2,):
+        return jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32))
+    raise EnergyError(f"The first argument is a key, jax.random.key(seed); got {key!r}.")

@@ -185,10 +185,24 @@ MUTATIONS = (
     ),
     Mutation(
         "mean weight of a fitted reference without -log N",
-        "logz/fitted.py",
-        "np.logaddexp.reduce(self.log_weight) - math.log(len(self.log_weight))",
-        "np.logaddexp.reduce(self.log_weight)",
+        "typing.py",
+        "np.logaddexp.reduce(log_values) - math.log(len(log_values))",
+        "np.logaddexp.reduce(log_values)",
         ("logz/test_fitted.py::test_estimate_and_its_error[regression]",),
+    ),
+    Mutation(
+        "one scrambling for all blocks",
+        "logz/fitted.py",
+        "cube = np.clip(qmc.Sobol(reference.dim + 2, bits=32, rng=np.random.default_rng(seed))",
+        "cube = np.clip(qmc.Sobol(reference.dim + 2, bits=32, rng=np.random.default_rng(0 * seed))",
+        ("logz/test_fitted.py::test_estimate_and_its_error[regression]",),
+    ),
+    Mutation(
+        "evidence with the log Z of the prior added",
+        "evidence.py",
+        'means["data"] - means["prior"]',
+        'means["data"] + means["prior"]',
+        ("logz/test_fitted.py::test_evidence_of_models_with_prior_energies[three_roles]",),
     ),
     Mutation(
         "density of a fitted reference without its share",

@@ -1,16 +1,25 @@
 """log Z from a reference that is fitted to a pilot's particles, by draws that had no part in the fit.
 
-    pilot       a cheap run of SMC: a cloud near the posterior, whatever its own log Z
+    pilot       a cheap run of SMC: a cloud near the posterior, with a log Z of its own
     fit         q, a mixture of Student t distributions with a share of the model's reference (`rebase.py`)
     refits      draws of q with weights w = pi_0 exp(-U) / q, pooled with the cloud, for as long as q gets better
-    estimate    fresh draws of the last q:  Z = E_q[w],   se(log Z) = sd(w) / (mean(w) sqrt(n))
+    estimate    fresh draws of the last q:  Z = E_q[w]
 
-The weights are looked at before they are believed: where their tail is heavier than the variance bears (Pareto k over
-`LARGEST_K`), SMC goes the rest of the way from q to the posterior, on a path that is short now.
+The draws are evenly spread, not independent: `BLOCKS` Sobol sequences, each scrambled on its own and carried to q
+(`StudentMixture.from_cube`). Each block gives an unbiased estimate, and the standard error is that of their mean,
+
+    Z = mean_b Z_b        se(log Z) = sd_b(Z_b) / (Z sqrt(BLOCKS))
+
+which is several times smaller than that of independent draws where w is smooth, and no larger elsewhere.
+
+The weights are looked at before they are believed: where their tail is heavier than a mean bears (Pareto k over
+`LARGEST_K`), SMC goes the rest of the way from q to the posterior, on a path that is short now. What the pilot says of
+log Z is a second opinion: one that contradicts the estimate is a doubt.
 
 References:
-    Cappe, Douc, Guillin, Marin and Robert (2008), Adaptive importance sampling in general mixture classes; Vehtari,
-    Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling.
+    Cappe, Douc, Guillin, Marin and Robert (2008), Adaptive importance sampling in general mixture classes; Owen (1997),
+    Scrambled net variance for integrals of smooth functions; Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto
+    smoothed importance sampling.
 """
 
 from __future__ import annotations
@@ -22,20 +31,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.stats import qmc
 
 from ebm_ppl import parallel, smc
+from ebm_ppl.logz.integral import Integral, check_energies, total_energy
 from ebm_ppl.mixture import fit_mixture
 from ebm_ppl.rebase import Rebased
-from ebm_ppl.smc import SMC
-from ebm_ppl.target import Target
+from ebm_ppl.smc import SMC, UNSETTLED
+from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, EnergyError, PRNGKey, log_mean
 
-LARGEST_K = 0.5
-"""Of Pareto's k: beyond it the weights have no variance, and the error bar no meaning."""
+BLOCKS = 16
+"""Scrambled sequences of an estimate: its standard error has one degree of freedom fewer."""
+LARGEST_K = 0.7
+"""Of Pareto's k: beyond it a mean of weights settles too slowly for an error bar to have a meaning."""
+SMALL_SHARE = 0.1
+"""Effective share of the draws below which a path from the fitted reference is not short."""
+FEW = 100
+"""Effective draws below which the error bar has no meaning either."""
 GOOD_SHARE = 0.9
 """Effective share of the draws beyond which a better q is not worth its price."""
+TAILS_SHARE = 0.1
+"""Share of q that has heavy tails."""
 WORTHWHILE = 1.1
 """Factor by which a refit must raise the effective share of the draws for another to follow."""
+SMALLEST = 2.0**-33
+"""Coordinate of a point of the cube, half of its resolution."""
+CONTRADICTION = 4.0
+"""Standard errors between two opinions that make one of them wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +67,8 @@ class FittedReference:
 
     Args:
         tol: standard error wanted, in nats. Without one the estimate gets as many evaluations as the search for its
-            reference took, which is at most a factor sqrt(2) from the least error for the sum of both.
-        num_draws: draws of a refit, a multiple of 16.
+            reference took.
+        num_draws: draws of a refit, and fewest of the estimate: 2^4 at least, a power of two.
         max_draws: bound on the draws of the estimate.
         max_refits: bound on the fits after the first.
         defence: share of the model's own reference in the fitted one.
@@ -55,61 +78,119 @@ class FittedReference:
 
     tol: float | None = None
     num_draws: int = 4096
-    max_draws: int = 1_000_000
-    max_refits: int = 4
+    max_draws: int = 2**20
+    max_refits: int = 2
     defence: float = 0.01
     pilot: SMC = dataclasses.field(default_factory=lambda: SMC(num_particles=2000, target_ess=0.5, num_moves=1))
     fallback: SMC = dataclasses.field(default_factory=SMC)
     name = "fitted reference"
 
     def __post_init__(self):
-        if self.num_draws < 16 or self.num_draws % 16:
-            raise EnergyError(f"num_draws is a positive multiple of 16; got {self.num_draws}.")
+        if self.num_draws < BLOCKS or self.num_draws & (self.num_draws - 1):
+            raise EnergyError(f"num_draws is a power of two of at least {BLOCKS}; got {self.num_draws}.")
         if not 0 < self.defence < 1:
             raise EnergyError(f"defence is a share between 0 and 1, exclusive; got {self.defence}.")
         if self.tol is not None and not self.tol > 0:
             raise EnergyError(f"tol is a positive standard error in nats; got {self.tol}.")
 
+    def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
+        """log Z of all energies of a target at once, from one pilot, one fitted reference and one estimate."""
+        key_pilot, key_fit, key_final, key_path = jax.random.split(key, 4)
+        pilot = smc.run(key_pilot, target, self.pilot, progress_bar=False)
+        opinion = _opinion(pilot)
+        story = [f"pilot of {self.pilot.num_particles} particles: log Z {opinion}"]
+        found = _search(key_fit, target, np.asarray(pilot.z[0]), self, story)
+        search = opinion.num_evaluations + found.num_evaluations
+        final = _draw(key_final, found.reference, _enough(found.seen, search, self))
+        story.append(
+            f"{final.num} fresh draws, {final.effective_share:.0%} effective, Pareto k {final.pareto_k:.2f}: "
+            f"log Z {final.value:.3f} ± {final.std_error:.3f}"
+        )
+        estimate = Integral(
+            value=final.value,
+            std_error=final.std_error,
+            num_evaluations=search + final.num,
+            num_nan=opinion.num_nan + found.num_nan + final.num_nan,
+            diagnostics={"branch": "importance sampling"},
+        )
+        if not final.pareto_k <= LARGEST_K:
+            path = _opinion(smc.run(key_path, found.reference, self.fallback, progress_bar=False))
+            story.append(f"heavy tails, so SMC from the fitted reference: log Z {path}")
+            estimate = Integral(
+                value=path.value,
+                std_error=path.std_error,
+                num_evaluations=estimate.num_evaluations + path.num_evaluations,
+                num_nan=estimate.num_nan + path.num_nan,
+                diagnostics={"branch": "SMC", "drift": path.drift},
+            )
+        measured = {"pareto_k": final.pareto_k, "effective_share": final.effective_share, "pilot": opinion.value}
+        return dataclasses.replace(
+            estimate,
+            story=tuple(story),
+            doubts=tuple(_doubts(estimate, opinion, final)),
+            diagnostics={**estimate.diagnostics, **measured},
+        )
 
-class Integral(NamedTuple):
-    """An estimate of log E_{pi_0}[exp(-U)], with what says whether to trust it."""
+
+class Opinion(NamedTuple):
+    """What a run of SMC says of log Z of all energies."""
 
     value: float
     std_error: float
-    branch: str
-    """`"importance sampling"` or `"SMC"`."""
-    pareto_k: float
-    """Of the weights; below .5 they have a variance."""
-    effective_share: float
+    drift: float
     num_evaluations: float
     num_nan: int
-    largest_drift: float
-    """As in `smc.py`; zero without a path."""
-    story: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.value:.3f} ± {self.std_error:.3f}, drift {self.drift:.1f}, {self.num_evaluations:.0f} evaluations"
+        )
+
+
+def _opinion(draws: Any) -> Opinion:
+    runs, attrs = draws.log_z, draws.attrs
+    values = [float(runs[name][0]) for name in ("prior_value", "data_value") if name in runs]
+    errors = [float(runs[name][0]) for name in ("prior_std_error", "data_std_error") if name in runs]
+    return Opinion(
+        sum(values),
+        math.hypot(*errors),
+        float(attrs["largest_drift"]),
+        float(attrs["num_evaluations"]),
+        int(attrs["num_nan_energy"]),
+    )
 
 
 class Weighed(NamedTuple):
-    """Draws of a reference with their log weights, and the sums that matter."""
+    """Evenly spread draws of a reference with their log weights, in blocks; shapes (block, draw, ...)."""
 
     z: np.ndarray
     log_weight: np.ndarray
     num_nan: int
 
     @property
+    def num(self) -> int:
+        return self.log_weight.size
+
+    @property
+    def relative(self) -> np.ndarray:
+        """The weights over the largest."""
+        return np.exp(self.log_weight - np.max(self.log_weight))
+
+    @property
     def value(self) -> float:
         """log of the mean weight."""
-        return log_mean(self.log_weight)
+        return log_mean(np.ravel(self.log_weight))
+
+    @property
+    def std_error(self) -> float:
+        """Of `value`, from the spread of the blocks."""
+        means = np.mean(self.relative, axis=1)
+        return float(np.std(means, ddof=1) / np.mean(means) / math.sqrt(len(means)))
 
     @property
     def effective_share(self) -> float:
         weights = self.relative
-        return float(np.sum(weights) ** 2 / np.sum(weights**2) / len(weights)) if np.any(weights > 0) else 0.0
-
-    @property
-    def std_error(self) -> float:
-        """Of `value`: the relative standard error of the mean weight."""
-        share = self.effective_share
-        return math.sqrt((1 / share - 1) / len(self.z)) if share else math.inf
+        return float(np.mean(weights) ** 2 / np.mean(weights**2))
 
     @property
     def pareto_k(self) -> float:
@@ -118,87 +199,123 @@ class Weighed(NamedTuple):
 
         if np.ptp(self.log_weight) < 1e-6:
             return -math.inf
-        return float(array_stats.psislw(-self.log_weight)[1])
-
-    @property
-    def relative(self) -> np.ndarray:
-        """The weights over the largest."""
-        top = np.max(self.log_weight)
-        return np.exp(self.log_weight - top) if np.isfinite(top) else np.zeros_like(self.log_weight)
+        return float(array_stats.psislw(-np.ravel(self.log_weight))[1])
 
 
-def integrate(key: PRNGKey, target: Target, method: FittedReference) -> Integral:
-    """log Z of all energies of a target at once, from one pilot, one fitted reference and one estimate."""
-    key_pilot, key_fit, key_draw, key_path = jax.random.split(key, 4)
-    pilot = smc.run(key_pilot, target, method.pilot, progress_bar=False)
-    evaluations = float(pilot.attrs["num_evaluations"])
-    cloud = np.asarray(pilot.z[0])
-    story = [f"pilot: {len(cloud)} particles, {evaluations:.0f} evaluations"]
+class Search(NamedTuple):
+    """The best reference found, the draws that showed it, and what the search has cost."""
 
-    room = len(cloud) + (method.max_refits + 1) * method.num_draws
+    reference: Rebased
+    seen: Weighed
+    num_evaluations: int
+    num_nan: int
+
+
+def _search(key: PRNGKey, target: Tilted, cloud: np.ndarray, method: FittedReference, story: list[str]) -> Search:
+    """Fits to the cloud and to weighted draws of the fits before, for as long as they get better."""
+    room = len(cloud) + method.max_refits * method.num_draws
     points, weights = np.zeros((room, target.dim), cloud.dtype), np.zeros(room, cloud.dtype)
     points[: len(cloud)], weights[: len(cloud)], filled = cloud, 0.5, len(cloud)
-    best, best_share, num_nan = None, -1.0, int(pilot.attrs["num_nan_energy"])
+    best, evaluations, num_nan, components = None, 0, 0, 1
     for fit in range(method.max_refits + 1):
-        mixture = fit_mixture(jax.random.fold_in(key_fit, fit), jnp.asarray(points), jnp.asarray(weights))
-        rebased = Rebased(target, mixture, jnp.asarray(method.defence, cloud.dtype))
-        seen = _draw(jax.random.fold_in(key_draw, fit), rebased, method.num_draws, method.num_draws)
-        evaluations += method.num_draws
-        num_nan += seen.num_nan
-        share, before = seen.effective_share, best_share
-        story.append(f"fit {fit + 1}: {len(mixture.log_weight)} components, {share:.0%} of the draws are effective")
-        if share > best_share:
-            best, best_share = rebased, share
-        if share >= GOOD_SHARE or share < WORTHWHILE * before:
+        key_fit, key_draw = jax.random.split(jax.random.fold_in(key, fit))
+        mixture = fit_mixture(key_fit, jnp.asarray(points), jnp.asarray(weights), components)
+        components = len(mixture.log_weight)
+        reference = Rebased(target, mixture.with_tails(TAILS_SHARE), jnp.asarray(method.defence, cloud.dtype))
+        seen = _draw(key_draw, reference, method.num_draws)
+        evaluations, num_nan = evaluations + seen.num, num_nan + seen.num_nan
+        share, before = seen.effective_share, best.seen.effective_share if best else 0.0
+        story.append(f"fit {fit + 1}: {components} components, {share:.0%} of the draws are effective")
+        if share > before:
+            best = Search(reference, seen, evaluations, num_nan)
+        if share >= GOOD_SHARE or share < WORTHWHILE * before or fit == method.max_refits:
             break
-        here = slice(filled, filled + method.num_draws)
-        points[here], weights[here], filled = seen.z, _truncated(seen), here.stop
-
+        here = slice(filled, filled + seen.num)
+        points[here], weights[here], filled = seen.z.reshape(-1, target.dim), _truncated(seen), here.stop
     assert best is not None
-    num_final = _enough(best_share, evaluations, method)
-    final = _draw(jax.random.fold_in(key_draw, method.max_refits + 1), best, num_final, method.num_draws)
-    evaluations += len(final.z)
-    num_nan += final.num_nan
-    value, std_error, k, branch, drift = final.value, final.std_error, final.pareto_k, "importance sampling", 0.0
-    story.append(f"{len(final.z)} fresh draws: log Z {value:.3f} ± {std_error:.3f}, Pareto k {k:.2f}")
-    if not k <= LARGEST_K:
-        path = smc.run(key_path, best, method.fallback, progress_bar=False)
-        found: Any = path.log_z
-        value, std_error, branch = float(found["data_value"][0]), float(found["data_std_error"][0]), "SMC"
-        evaluations += float(path.attrs["num_evaluations"])
-        num_nan += int(path.attrs["num_nan_energy"])
-        drift = float(path.attrs["largest_drift"])
-        story.append(f"heavy tails, so SMC from the fitted reference: log Z {value:.3f} ± {std_error:.3f}")
-    return Integral(value, std_error, branch, k, final.effective_share, evaluations, num_nan, drift, tuple(story))
+    return best._replace(num_evaluations=evaluations, num_nan=num_nan)
 
 
-def _enough(share: float, spent: float, method: FittedReference) -> int:
-    """Draws of the estimate, if they are as effective as those seen."""
-    wanted = spent if method.tol is None else (1 / max(share, 1e-6) - 1) / method.tol**2
-    return math.ceil(min(max(wanted, method.num_draws), method.max_draws))
+def _enough(seen: Weighed, spent: float, method: FittedReference) -> int:
+    """Draws of the estimate, a power of two, if they are as good as those seen."""
+    wanted = spent if method.tol is None else seen.num * (seen.std_error / method.tol) ** 2
+    wanted = min(max(wanted, method.num_draws), method.max_draws)
+    return 2 ** math.ceil(math.log2(wanted))
 
 
-def _draw(key: PRNGKey, rebased: Rebased, num: int, block: int) -> Weighed:
-    """At least `num` draws of a reference, with their log weights -U_q; those with a NaN energy weigh nothing."""
-    results = []
-    for i in range(math.ceil(num / block)):
-        keys = parallel.split(jax.random.split(jax.random.fold_in(key, i), block))
-        results += jax.device_get(parallel.over(_weigh, keys, rebased))
-    z, log_weight, nan = jax.tree.map(lambda *parts: np.concatenate(parts), *results)
-    if np.any(log_weight == np.inf):
-        raise EnergyError("An energy is -inf (infinite density) at a draw of the reference: bound it from below.")
-    return Weighed(z, log_weight, int(np.sum(nan)))
+def _draw(key: PRNGKey, reference: Rebased, num: int) -> Weighed:
+    """`num` draws of a reference in blocks, with their log weights -U_q; those with a NaN energy weigh nothing."""
+    key_cube, key_own = jax.random.split(key)
+    per_block = num // BLOCKS
+    few = math.ceil(float(reference.defence) * per_block) + 1
+    own = parallel.over(_own, parallel.split(jax.random.split(key_own, BLOCKS * few)), reference.target, hurry=True)
+    owns = np.split(np.concatenate(jax.device_get(own)), BLOCKS)
+    seeds = np.asarray(jax.random.bits(key_cube, (BLOCKS,)))
+    z = np.concatenate([_even(int(seed), reference, per_block, own) for seed, own in zip(seeds, owns, strict=True)])
+    parts = parallel.over(_energy, parallel.split(jnp.asarray(z)), reference)
+    energy = np.concatenate(jax.device_get(parts))
+    nan = check_energies(energy, "draws of the fitted reference")
+    shape = BLOCKS, per_block
+    return Weighed(z.reshape(*shape, -1), np.where(np.isnan(energy), -np.inf, -energy).reshape(shape), nan)
 
 
-def _weigh(key: PRNGKey, rebased: Rebased) -> tuple[Array, Array, Array]:
-    z = rebased.sample_reference(key)
-    _, (_, energy) = rebased.staged_terms(z)
-    nan = jnp.isnan(energy)
-    return z, jnp.where(nan, -jnp.inf, -energy), nan
+def _even(seed: int, reference: Rebased, num: int, own: np.ndarray) -> np.ndarray:
+    """`num` draws of q from one scrambled sequence, whose first coordinate also says which of them are to be its own.
+
+    Args:
+        own: draws of the target's own reference, as many as its share of q can ask for.
+    """
+    cube = np.clip(
+        qmc.Sobol(reference.dim + 2, bits=32, rng=np.random.default_rng(seed)).random(num), SMALLEST, 1 - SMALLEST
+    )
+    defence = float(reference.defence)
+    is_own = cube[:, 0] < defence
+    cube[:, 0] = np.maximum(cube[:, 0] - defence, 0.0) / (1 - defence)
+    z = reference.proposal.from_cube(cube)
+    z[is_own] = own[: np.sum(is_own)]
+    return z
+
+
+def _own(key: PRNGKey, target: Tilted) -> Array:
+    return target.sample_reference(key)
+
+
+def _energy(z: Array, reference: Rebased) -> Array:
+    return total_energy(reference, z)[1]
 
 
 def _truncated(seen: Weighed) -> np.ndarray:
     """Weights for a fit, the largest cut, that add up to the effective number of draws (Ionides 2008)."""
-    weights = seen.relative
+    weights = np.ravel(seen.relative)
     weights = np.minimum(weights, np.mean(weights) * math.sqrt(len(weights)))
-    return weights / max(np.sum(weights), 1e-30) * seen.effective_share * len(weights)
+    return weights / np.sum(weights) * seen.effective_share * len(weights)
+
+
+def _doubts(estimate: Integral, pilot: Opinion, final: Weighed) -> list[str]:
+    doubts = []
+    gap, noise = abs(estimate.value - pilot.value), math.hypot(estimate.std_error, pilot.std_error)
+    if gap > CONTRADICTION * noise:
+        doubts.append(
+            f"The pilot's log Z ({pilot.value:.2f} ± {pilot.std_error:.2f}) contradicts that from the reference fitted "
+            f"to its particles ({estimate.value:.2f} ± {estimate.std_error:.2f}): one of them is wrong, and the error "
+            "bar does not say by how much. A larger pilot, or a reparametrised model, helps."
+        )
+    by_path = estimate.diagnostics["branch"] == "SMC"
+    if by_path and final.effective_share < SMALL_SHARE:
+        doubts.append(
+            f"The fitted reference does not describe the posterior ({final.effective_share:.1%} of its draws are "
+            f"effective, Pareto k {final.pareto_k:.2f}), and SMC from it has a long way to go: log Z may be off by far "
+            "more than the stated error. A larger pilot, or a reparametrised model, helps."
+        )
+    if by_path and estimate.diagnostics["drift"] > UNSETTLED:
+        doubts.append(
+            "The weights from the fitted reference have heavy tails, and the particles of SMC lag behind their targets "
+            "on the path from it: log Z may be off by far more than the stated error. A larger pilot, or a "
+            "reparametrised model, helps."
+        )
+    if not by_path and final.num * final.effective_share < FEW:
+        doubts.append(
+            f"Only {final.num * final.effective_share:.0f} of {final.num} draws of the fitted reference are effective: "
+            "the error bar rests on too few. A larger pilot or max_draws helps."
+        )
+    return doubts

@@ -1,0 +1,80 @@
+"""What is asked of an estimator of log Z, and what it returns.
+
+    log E_{pi_0}[exp(-U)]        `Estimator.integrate(key, target) -> Integral`, one run
+    (log pi_0(z), U(z))          `total_energy`
+
+An estimator sees all energies of a target at once. `ebm_ppl.log_z` asks it for the whole and, where prior energies have
+a log Z of their own, for the prior, and takes the difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from ebm_ppl.target import Tilted
+from ebm_ppl.typing import Array, DegenerateParticlesError, NonFiniteEnergyError, PRNGKey
+
+
+@dataclasses.dataclass(frozen=True)
+class Integral:
+    """One run's estimate of log E_{pi_0}[exp(-U)], in nats: what an estimator returns.
+
+    Attributes:
+        value, std_error: the estimate and its standard error.
+        num_evaluations: of the log density, with or without its gradient.
+        num_nan: points with a NaN energy, which were given zero mass.
+        lower, upper, story, doubts: as in `LogZ`.
+        diagnostics: numbers of the estimator's own.
+    """
+
+    value: float
+    std_error: float
+    num_evaluations: float
+    num_nan: int = 0
+    lower: float | None = None
+    upper: float | None = None
+    story: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    diagnostics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Estimator(Protocol):
+    """A small frozen settings object that names an estimator; `ebm_ppl.log_z` takes it as its method."""
+
+    @property
+    def name(self) -> str: ...
+
+    def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
+        """log E_{pi_0}[exp(-U)] from one run."""
+        ...
+
+
+def total_energy(target: Tilted, z: Array) -> tuple[Array, Array]:
+    """`(log pi_0(z), U(z))` with all energies added up: what an integral over the reference is made of."""
+    log_reference, stages = target.staged_terms(z)
+    return log_reference, jnp.sum(stages)
+
+
+def check_energies(energies: np.ndarray, where: str) -> int:
+    """The number of NaN among energies of draws, which count as +inf: zero mass.
+
+    Raises:
+        NonFiniteEnergyError: for an energy of -inf (infinite density).
+        DegenerateParticlesError: where no draw has any mass.
+    """
+    if np.any(energies == -np.inf):
+        raise NonFiniteEnergyError(
+            f"An energy is -inf (infinite density) for {np.sum(energies == -np.inf)} points at {where}: bound the "
+            "energy from below."
+        )
+    if not np.any(energies < np.inf):
+        raise DegenerateParticlesError(
+            f"All {energies.size} points have zero mass (an energy of +inf or NaN) at {where}. Check the observed "
+            "values against their supports, or soften a hard constraint."
+        )
+    return int(np.sum(np.isnan(energies)))
