@@ -23,119 +23,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-import numpyro.distributions as dist
 from blackjax.smc import extend_params
 from blackjax.smc.resampling import systematic
 from blackjax.smc.tuning.from_kernel_info import update_scale_from_acceptance_rate
 from blackjax.smc.tuning.from_particles import particles_covariance_matrix
+from evidence import PROBLEMS, Problem
 
 import ebm_ppl as ebm
 
+SIX = "g10", "g32", "mix10", "funnel10", "schools", "logit31"
 PEER_PARTICLES = 1000
 PEER_ESS = 0.5
 PEER_MOVES = 5
 PEER_LEAPFROGS = 8
 PEER_ACCEPTANCE = 0.8
-
-
-# Targets: a normalised prior, and a likelihood whose integral is known
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A model and its log evidence.
-
-    Attributes:
-        log_z: the exact value in nats.
-        tolerance: its own standard error, where it is an estimate.
-    """
-
-    target: ebm.Target
-    log_z: float
-    tolerance: float = 0.0
-
-
-def _tilted(prior: dist.Distribution, log_likelihood: Callable) -> ebm.Target:
-    """A prior on `x` with a likelihood given as a function."""
-
-    def model() -> None:
-        x = numpyro.sample("x", prior)
-        ebm.energy_factor("likelihood", -log_likelihood(x), role="loss")
-
-    return ebm.target(model)
-
-
-def g10() -> Problem:
-    """A correlated Gaussian inside a cube: the cube's volume, up to the tails outside of it."""
-    likelihood = dist.MultivariateNormal(jnp.zeros(10), 0.2 * jnp.eye(10) + 0.8)
-    prior = dist.Uniform(-10, 10).expand([10]).to_event(1)
-    return Problem(_tilted(prior, likelihood.log_prob), -10 * math.log(20))
-
-
-def g32() -> Problem:
-    """A Gaussian with a strongly correlated Gaussian likelihood: the density of its mean under their sum."""
-    indices = np.arange(32)
-    covariance = 0.25 * 0.9 ** np.abs(np.subtract.outer(indices, indices))
-    mean = np.random.default_rng(0).normal(0, 1, 32)
-    prior = dist.Normal(0, 3).expand([32]).to_event(1)
-    likelihood = dist.MultivariateNormal(mean, covariance)
-    exact = dist.MultivariateNormal(np.zeros(32), 9 * np.eye(32) + covariance).log_prob(mean)
-    return Problem(_tilted(prior, likelihood.log_prob), float(exact))
-
-
-def mix10() -> Problem:
-    """A Gaussian with two separated modes of unequal weight: a sum of two Gaussian integrals."""
-    weights, centres, variances = np.array([0.2, 0.8]), np.array([-3.0, 3.0]), np.array([0.25, 0.64])
-
-    def mixture(x: jax.Array, extra: float) -> jax.Array:
-        parts = dist.Normal(centres, np.sqrt(variances + extra)).log_prob(x[:, None]).sum(axis=0)
-        return jax.nn.logsumexp(parts + np.log(weights))
-
-    prior = dist.Normal(0, 4).expand([10]).to_event(1)
-    return Problem(_tilted(prior, lambda x: mixture(x, 0.0)), float(mixture(jnp.zeros(10), 16.0)))
-
-
-def funnel10() -> Problem:
-    """Neal's funnel inside a box: quadrature over its neck."""
-
-    def model() -> None:
-        v = numpyro.sample("v", dist.Uniform(-10, 10))
-        x = numpyro.sample("x", dist.Uniform(-30, 30).expand([9]).to_event(1))
-        log_likelihood = dist.Normal(0, 3).log_prob(v) + dist.Normal(0, jnp.exp(v / 2)).log_prob(x).sum()
-        ebm.energy_factor("likelihood", -log_likelihood, role="loss")
-
-    return Problem(ebm.target(model), -39.87748)
-
-
-def schools() -> Problem:
-    """Eight schools, non-centred: quadrature."""
-    sigma = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-
-    def model(y: jax.Array) -> None:
-        mu = numpyro.sample("mu", dist.Normal(0, 5))
-        tau = numpyro.sample("tau", dist.HalfCauchy(5))
-        with numpyro.plate("school", 8):
-            eta = numpyro.sample("eta", dist.Normal(0, 1))
-            numpyro.sample("y", dist.Normal(mu + tau * eta, sigma), obs=y)
-
-    return Problem(ebm.target(model, jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])), -31.31135)
-
-
-def logit31() -> Problem:
-    """Breast cancer, standardised, with intercept: a long run, with its standard error."""
-    from sklearn.datasets import load_breast_cancer
-
-    x, y = load_breast_cancer(return_X_y=True)
-    x = np.column_stack([np.ones(len(x)), (x - x.mean(axis=0)) / x.std(axis=0)])
-
-    def model(x: jax.Array, y: jax.Array) -> None:
-        beta = numpyro.sample("beta", dist.Normal(0, 1).expand([x.shape[1]]).to_event(1))
-        numpyro.sample("y", dist.Bernoulli(logits=x @ beta), obs=y)
-
-    return Problem(ebm.target(model, x, y), -55.2231, tolerance=0.0015)
-
-
-PROBLEMS = {problem.__name__: problem for problem in (g10, g32, mix10, funnel10, schools, logit31)}
 
 
 # Estimators
@@ -273,7 +174,7 @@ def ratio_row(name: str, problem: Problem, found: dict[str, Estimates]) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
+    parser.add_argument("--targets", nargs="+", default=list(SIX), choices=list(PROBLEMS))
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=list(TOOLS))
     parser.add_argument("--seeds", type=int, default=20, help="independent runs of each tool on each target")
     return parser.parse_args()

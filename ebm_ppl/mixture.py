@@ -93,19 +93,20 @@ class StudentMixture(eqx.Module):
         """Log density at a point of shape (dim,), in nats."""
         return logsumexp(self._log_terms(self._distances(z)))
 
-    def with_tails(self, share: float) -> StudentMixture:
-        """With a share of each component given heavy tails, since a fit sees the bulk alone."""
+    def joined(self, others: StudentMixture, share: Array) -> StudentMixture:
+        """A mixture of two mixtures, `share` of it the others."""
 
         def both(x: Array, y: Array) -> Array:
             return jnp.concatenate([x, y])
 
-        return StudentMixture(
-            both(self.log_weight + math.log1p(-share), self.log_weight + math.log(share)),
-            both(self.mean, self.mean),
-            both(self.factor, self.factor),
-            both(self.inverse, self.inverse),
-            both(self.degrees, jnp.full_like(self.degrees, TAILS)),
-        )
+        own = eqx.tree_at(lambda mixture: mixture.log_weight, self, self.log_weight + jnp.log1p(-share))
+        others = eqx.tree_at(lambda mixture: mixture.log_weight, others, others.log_weight + jnp.log(share))
+        return jax.tree.map(both, own, others)
+
+    def with_tails(self, share: float) -> StudentMixture:
+        """With a share of each component given heavy tails, since a fit sees the bulk alone."""
+        heavy = eqx.tree_at(lambda mixture: mixture.degrees, self, jnp.full_like(self.degrees, TAILS))
+        return self.joined(heavy, jnp.asarray(share, self.mean.dtype))
 
     def _distances(self, z: Array) -> Array:
         """Squared distances from each mean in units of its component, (K,)."""
@@ -119,13 +120,13 @@ class StudentMixture(eqx.Module):
         return self.log_weight + constant - log_volume - (nu + dim) / 2 * jnp.log1p(distances / nu)
 
 
-def fit_mixture(key: PRNGKey, z: Array, weights: Array, num_components: int = 1) -> StudentMixture:
+def fit_mixture(key: PRNGKey, z: Array, weights: Array, start: StudentMixture | None = None) -> StudentMixture:
     """The mixture of Student t distributions that best describes weighted points.
 
     Args:
         z: points, shape (num, dim); those of zero weight count for nothing, and may pad the array.
         weights: not negative, shape (num,).
-        num_components: fewest components to try.
+        start: a mixture near the points; without one, the search begins with one component.
     """
     num, dim = z.shape
     key_split, key_fit = jax.random.split(key)
@@ -133,7 +134,12 @@ def fit_mixture(key: PRNGKey, z: Array, weights: Array, num_components: int = 1)
     kept = np.where(jax.random.uniform(key_split, (num,)) < 2 / 3, weights, 0.0)
     most = np.sum(kept) ** 2 / np.sum(kept**2) / (POINTS_PER_COMPONENT * dim)
     cloud = parallel.once(_centred, z, weights)
-    best, best_score = None, -np.inf
+    best, best_score, num_components = None, -np.inf, 1
+    if start is not None:
+        begin = jax.tree.map(lambda x: x[None], start)
+        found = parallel.over(_improved, [begin], z, kept, weights - kept, cloud)[0]
+        best, best_score = jax.tree.map(lambda x: np.asarray(x)[0], found)
+        num_components = 2 * len(best.log_weight)
     while best is None or num_components <= min(MOST_COMPONENTS, most):
         keys = jax.random.split(jax.random.fold_in(key_fit, num_components), RESTARTS)
         keys = keys if num_components > 1 else keys[:1]
@@ -159,10 +165,28 @@ def _fit(
     key: PRNGKey, z: Array, kept: Array, held_out: Array, cloud: tuple[Array, DenseScale], num_components: int
 ) -> tuple[StudentMixture, Array]:
     """One fit to the points kept, in whitened coordinates, and the mean log density of those held out."""
-    x = _whitened(z, cloud)
-    kept, held_out = kept / jnp.sum(kept), held_out / jnp.sum(held_out)
-    mixture = _maximise(_start(key, x, kept, num_components), x, kept, ALMOST_SETTLED)
-    return mixture, held_out @ jax.vmap(mixture.log_density)(x)
+    x, kept = _whitened(z, cloud), kept / jnp.sum(kept)
+    return _judged(_start(key, x, kept, num_components), x, kept, held_out)
+
+
+def _improved(
+    mixture: StudentMixture, z: Array, kept: Array, held_out: Array, cloud: tuple[Array, DenseScale]
+) -> tuple[StudentMixture, Array]:
+    """The same from a mixture in the coordinates of the points."""
+    mean, scale = cloud
+    start = StudentMixture(
+        mixture.log_weight,
+        (mixture.mean - mean) @ scale.inverse.T,
+        scale.inverse @ mixture.factor,
+        mixture.inverse @ scale.factor,
+        mixture.degrees,
+    )
+    return _judged(start, _whitened(z, cloud), kept / jnp.sum(kept), held_out)
+
+
+def _judged(start: StudentMixture, x: Array, kept: Array, held_out: Array) -> tuple[StudentMixture, Array]:
+    mixture = _maximise(start, x, kept, ALMOST_SETTLED)
+    return mixture, held_out @ jax.vmap(mixture.log_density)(x) / jnp.sum(held_out)
 
 
 def _refit(mixture: StudentMixture, z: Array, weights: Array, cloud: tuple[Array, DenseScale]) -> StudentMixture:

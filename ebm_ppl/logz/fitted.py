@@ -1,7 +1,9 @@
 """log Z from a reference that is fitted to a pilot's particles, by draws that had no part in the fit.
 
     pilot       a cheap run of SMC: a cloud near the posterior, with a log Z of its own
-    fit         q, a mixture of Student t distributions with a share of the model's reference (`rebase.py`)
+    modes       where ascents from draws of the reference end (`modes.py`): what the pilot may have missed
+    fit         q, a mixture of Student t distributions, a component for each mode that the fit to the cloud does not
+                account for, and a share of the model's reference (`rebase.py`)
     refits      draws of q with weights w = pi_0 exp(-U) / q, pooled with the cloud, for as long as q gets better
     estimate    fresh draws of the last q:  Z = E_q[w]
 
@@ -13,8 +15,9 @@ The draws are evenly spread, not independent: `BLOCKS` Sobol sequences, each scr
 which is several times smaller than that of independent draws where w is smooth, and no larger elsewhere.
 
 The weights are looked at before they are believed: where their tail is heavier than a mean bears (Pareto k over
-`LARGEST_K`), SMC goes the rest of the way from q to the posterior, on a path that is short now. What the pilot says of
-log Z is a second opinion: one that contradicts the estimate is a doubt.
+`LARGEST_K`), SMC goes the rest of the way from q to the posterior, on a path that is short now (from the model's own reference, where
+q describes next to nothing). What the pilot says of log Z is a second opinion: one that contradicts the estimate is a
+doubt, unless weights that behave have found more than the pilot saw.
 
 References:
     Cappe, Douc, Guillin, Marin and Robert (2008), Adaptive importance sampling in general mixture classes; Owen (1997),
@@ -35,7 +38,8 @@ from scipy.stats import qmc
 
 from ebm_ppl import parallel, smc
 from ebm_ppl.logz.integral import Integral, check_energies, total_energy
-from ebm_ppl.mixture import fit_mixture
+from ebm_ppl.logz.modes import Modes, find_modes
+from ebm_ppl.mixture import DEGREES, MOST_COMPONENTS, TAILS, StudentMixture, fit_mixture
 from ebm_ppl.rebase import Rebased
 from ebm_ppl.smc import SMC, UNSETTLED
 from ebm_ppl.target import Tilted
@@ -45,8 +49,15 @@ BLOCKS = 16
 """Scrambled sequences of an estimate: its standard error has one degree of freedom fewer."""
 LARGEST_K = 0.7
 """Of Pareto's k: beyond it a mean of weights settles too slowly for an error bar to have a meaning."""
-SMALL_SHARE = 0.1
-"""Effective share of the draws below which a path from the fitted reference is not short."""
+UNACCOUNTED = 1.5
+"""Nats by which a mode is higher than the fit says, to become a component of its own."""
+MASS = 0.02, 9.0
+"""Least and most mass of such a component, relative to the fit's."""
+BIASED = 0.05
+"""Weight of a pilot's particle once it is known to have missed a mode; .5 before."""
+SMALL_SHARE = 0.01
+"""Effective share of the draws below which the path from the fitted reference is not the shorter one."""
+REMEDY = "A larger pilot, or a reparametrised model, helps."
 FEW = 100
 """Effective draws below which the error bar has no meaning either."""
 GOOD_SHARE = 0.9
@@ -57,7 +68,7 @@ WORTHWHILE = 1.1
 """Factor by which a refit must raise the effective share of the draws for another to follow."""
 SMALLEST = 2.0**-33
 """Coordinate of a point of the cube, half of its resolution."""
-CONTRADICTION = 4.0
+CONTRADICTION = 3.0
 """Standard errors between two opinions that make one of them wrong."""
 
 
@@ -68,6 +79,8 @@ class FittedReference:
     Args:
         tol: standard error wanted, in nats. Without one the estimate gets as many evaluations as the search for its
             reference took.
+        num_ascents: how often a mode is looked for, by gradient ascent from draws of the reference (a quarter of them
+            from particles of the pilot).
         num_draws: draws of a refit, and fewest of the estimate: 2^4 at least, a power of two.
         max_draws: bound on the draws of the estimate.
         max_refits: bound on the fits after the first.
@@ -77,6 +90,7 @@ class FittedReference:
     """
 
     tol: float | None = None
+    num_ascents: int = 256
     num_draws: int = 4096
     max_draws: int = 2**20
     max_refits: int = 2
@@ -99,36 +113,33 @@ class FittedReference:
         pilot = smc.run(key_pilot, target, self.pilot, progress_bar=False)
         opinion = _opinion(pilot)
         story = [f"pilot of {self.pilot.num_particles} particles: log Z {opinion}"]
-        found = _search(key_fit, target, np.asarray(pilot.z[0]), self, story)
+        found = _search(key_fit, target, np.asarray(pilot.z[0]), opinion.value, self, story)
         search = opinion.num_evaluations + found.num_evaluations
         final = _draw(key_final, found.reference, _enough(found.seen, search, self))
         story.append(
             f"{final.num} fresh draws, {final.effective_share:.0%} effective, Pareto k {final.pareto_k:.2f}: "
             f"log Z {final.value:.3f} ± {final.std_error:.3f}"
         )
-        estimate = Integral(
-            value=final.value,
-            std_error=final.std_error,
-            num_evaluations=search + final.num,
-            num_nan=opinion.num_nan + found.num_nan + final.num_nan,
-            diagnostics={"branch": "importance sampling"},
-        )
-        if not final.pareto_k <= LARGEST_K:
-            path = _opinion(smc.run(key_path, found.reference, self.fallback, progress_bar=False))
-            story.append(f"heavy tails, so SMC from the fitted reference: log Z {path}")
-            estimate = Integral(
-                value=path.value,
-                std_error=path.std_error,
-                num_evaluations=estimate.num_evaluations + path.num_evaluations,
-                num_nan=estimate.num_nan + path.num_nan,
-                diagnostics={"branch": "SMC", "drift": path.drift},
-            )
-        measured = {"pareto_k": final.pareto_k, "effective_share": final.effective_share, "pilot": opinion.value}
-        return dataclasses.replace(
-            estimate,
+        by_path = not final.pareto_k <= LARGEST_K
+        estimate = Opinion(final.value, final.std_error, 0.0, 0.0, 0)
+        if by_path:
+            near = final.effective_share >= SMALL_SHARE
+            start = found.reference if near else target
+            estimate = _opinion(smc.run(key_path, start, self.fallback, progress_bar=False))
+            story.append(f"heavy tails, so SMC from the {'fitted' if near else 'own'} reference: log Z {estimate}")
+        return Integral(
+            value=estimate.value,
+            std_error=estimate.std_error,
+            num_evaluations=search + final.num + estimate.num_evaluations,
+            num_nan=opinion.num_nan + found.num_nan + final.num_nan + estimate.num_nan,
             story=tuple(story),
-            doubts=tuple(_doubts(estimate, opinion, final)),
-            diagnostics={**estimate.diagnostics, **measured},
+            doubts=tuple(_doubts(estimate, by_path, opinion, final)),
+            diagnostics={
+                "branch": "SMC" if by_path else "importance sampling",
+                "pareto_k": final.pareto_k,
+                "effective_share": final.effective_share,
+                "pilot": opinion.value,
+            },
         )
 
 
@@ -211,21 +222,28 @@ class Search(NamedTuple):
     num_nan: int
 
 
-def _search(key: PRNGKey, target: Tilted, cloud: np.ndarray, method: FittedReference, story: list[str]) -> Search:
+def _search(
+    key: PRNGKey, target: Tilted, cloud: np.ndarray, log_z: float, method: FittedReference, story: list[str]
+) -> Search:
     """Fits to the cloud and to weighted draws of the fits before, for as long as they get better."""
+    modes, evaluations = _modes(jax.random.fold_in(key, method.max_refits + 1), target, cloud, method.num_ascents)
+    story.append(f"{method.num_ascents} ascents: {len(modes.z)} modes")
     room = len(cloud) + method.max_refits * method.num_draws
     points, weights = np.zeros((room, target.dim), cloud.dtype), np.zeros(room, cloud.dtype)
     points[: len(cloud)], weights[: len(cloud)], filled = cloud, 0.5, len(cloud)
-    best, evaluations, num_nan, components = None, 0, 0, 1
+    best, mixture, num_nan = None, None, 0
     for fit in range(method.max_refits + 1):
         key_fit, key_draw = jax.random.split(jax.random.fold_in(key, fit))
-        mixture = fit_mixture(key_fit, jnp.asarray(points), jnp.asarray(weights), components)
-        components = len(mixture.log_weight)
+        mixture = fit_mixture(key_fit, jnp.asarray(points), jnp.asarray(weights), mixture)
+        if fit == 0 and np.any(missed := _unaccounted(modes, mixture, log_z)):
+            story.append(f"{np.sum(missed)} modes that the pilot missed: a component for each")
+            mixture = _with_modes(mixture, jax.tree.map(lambda x: x[missed], modes), log_z)
+            weights[: len(cloud)] = BIASED
         reference = Rebased(target, mixture.with_tails(TAILS_SHARE), jnp.asarray(method.defence, cloud.dtype))
         seen = _draw(key_draw, reference, method.num_draws)
         evaluations, num_nan = evaluations + seen.num, num_nan + seen.num_nan
         share, before = seen.effective_share, best.seen.effective_share if best else 0.0
-        story.append(f"fit {fit + 1}: {components} components, {share:.0%} of the draws are effective")
+        story.append(f"fit {fit + 1}: {len(mixture.log_weight)} components, {share:.0%} of the draws are effective")
         if share > before:
             best = Search(reference, seen, evaluations, num_nan)
         if share >= GOOD_SHARE or share < WORTHWHILE * before or fit == method.max_refits:
@@ -234,6 +252,39 @@ def _search(key: PRNGKey, target: Tilted, cloud: np.ndarray, method: FittedRefer
         points[here], weights[here], filled = seen.z.reshape(-1, target.dim), _truncated(seen), here.stop
     assert best is not None
     return best._replace(num_evaluations=evaluations, num_nan=num_nan)
+
+
+def _modes(key: PRNGKey, target: Tilted, cloud: np.ndarray, num: int) -> tuple[Modes, int]:
+    """Modes by ascents from draws of the reference, and a few from the cloud."""
+    few = num // 4
+    own = parallel.over(_own, parallel.split(jax.random.split(key, num - few)), target, hurry=True)
+    starts = np.concatenate([*jax.device_get(own), cloud[:few]])
+    return find_modes(target, starts, np.std(starts, axis=0))
+
+
+def _unaccounted(modes: Modes, mixture: StudentMixture, log_z: float) -> np.ndarray:
+    """Which modes the mixture gives far less density than they have."""
+    if not len(modes.z):
+        return np.zeros(0, bool)
+    described = np.asarray(jax.vmap(mixture.log_density)(jnp.asarray(modes.z)))
+    return modes.log_density - log_z - described > UNACCOUNTED
+
+
+def _with_modes(mixture: StudentMixture, modes: Modes, log_z: float) -> StudentMixture:
+    """A light and a heavy component for each mode, both with its curvature; what it is worth only the weights can tell.
+
+    The curvature of a Student t at its mode is that of a normal distribution with (nu + dim) / nu times its precision.
+    """
+    mass = np.clip(np.exp(np.clip(modes.log_mass - log_z, -20, 20)), *MASS)[: MOST_COMPONENTS // 2]
+    num, dim = len(mass), modes.z.shape[1]
+    log_weight = jnp.log(jnp.asarray(mass / mass.sum(), mixture.mean.dtype))
+    mean, factor, inverse = (jnp.asarray(x[:num]) for x in (modes.z, modes.scale.factor, modes.scale.inverse))
+    wider = math.sqrt((TAILS + dim) / TAILS)
+    light = StudentMixture(log_weight, mean, factor, inverse, jnp.full(num, DEGREES[-1], mean.dtype))
+    heavy = StudentMixture(log_weight, mean, factor * wider, inverse / wider, jnp.full(num, TAILS, mean.dtype))
+    total = min(mass.sum(), MASS[1])
+    half, share = jnp.asarray(0.5, mean.dtype), jnp.asarray(total / (1 + total), mean.dtype)
+    return mixture.joined(light.joined(heavy, half), share)
 
 
 def _enough(seen: Weighed, spent: float, method: FittedReference) -> int:
@@ -291,31 +342,26 @@ def _truncated(seen: Weighed) -> np.ndarray:
     return weights / np.sum(weights) * seen.effective_share * len(weights)
 
 
-def _doubts(estimate: Integral, pilot: Opinion, final: Weighed) -> list[str]:
+def _doubts(estimate: Opinion, by_path: bool, pilot: Opinion, final: Weighed) -> list[str]:
+    """What speaks against the estimate: the other opinions, and the diagnostics of its own branch."""
     doubts = []
-    gap, noise = abs(estimate.value - pilot.value), math.hypot(estimate.std_error, pilot.std_error)
-    if gap > CONTRADICTION * noise:
+    others = {"the pilot": (pilot.value, pilot.std_error), "the fitted reference": (final.value, final.std_error)}
+    for name, (value, std_error) in others.items():
+        gap = (value - estimate.value) / max(math.hypot(std_error, estimate.std_error), 1e-30)
+        # Weights that behave cannot make up mass, and others miss some: that they differ so is no contradiction.
+        if gap > CONTRADICTION or (gap < -CONTRADICTION and by_path and name == "the pilot"):
+            doubts.append(
+                f"The log Z of {name} ({value:.2f} ± {std_error:.2f}) contradicts the estimate ({estimate.value:.2f} ± "
+                f"{estimate.std_error:.2f}): one of them is wrong, and the error bar does not say by how much. {REMEDY}"
+            )
+    if by_path and max(pilot.drift, estimate.drift) > UNSETTLED:
         doubts.append(
-            f"The pilot's log Z ({pilot.value:.2f} ± {pilot.std_error:.2f}) contradicts that from the reference fitted "
-            f"to its particles ({estimate.value:.2f} ± {estimate.std_error:.2f}): one of them is wrong, and the error "
-            "bar does not say by how much. A larger pilot, or a reparametrised model, helps."
-        )
-    by_path = estimate.diagnostics["branch"] == "SMC"
-    if by_path and final.effective_share < SMALL_SHARE:
-        doubts.append(
-            f"The fitted reference does not describe the posterior ({final.effective_share:.1%} of its draws are "
-            f"effective, Pareto k {final.pareto_k:.2f}), and SMC from it has a long way to go: log Z may be off by far "
-            "more than the stated error. A larger pilot, or a reparametrised model, helps."
-        )
-    if by_path and estimate.diagnostics["drift"] > UNSETTLED:
-        doubts.append(
-            "The weights from the fitted reference have heavy tails, and the particles of SMC lag behind their targets "
-            "on the path from it: log Z may be off by far more than the stated error. A larger pilot, or a "
-            "reparametrised model, helps."
+            "The weights of the fitted reference have heavy tails, and the particles of SMC lag behind their targets: "
+            f"log Z may be off by far more than the stated error. {REMEDY}"
         )
     if not by_path and final.num * final.effective_share < FEW:
         doubts.append(
             f"Only {final.num * final.effective_share:.0f} of {final.num} draws of the fitted reference are effective: "
-            "the error bar rests on too few. A larger pilot or max_draws helps."
+            f"the error bar rests on too few. {REMEDY}"
         )
     return doubts

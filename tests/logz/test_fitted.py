@@ -77,7 +77,7 @@ def test_heavy_tails_are_left_to_smc(monkeypatch):
 def test_a_reference_that_does_not_fit_is_a_doubt():
     """On the funnel the pilot's particles miss the neck: the answer is wrong, and says so."""
     target = ebm.target(funnel_in_a_box)
-    with pytest.warns(ebm.EnergyWarning, match="log Z may be off by far|one of them is wrong"):
+    with pytest.warns(ebm.EnergyWarning, match="contradicts the estimate|lag behind"):
         found = ebm.log_z(jax.random.key(0), target, small(fallback=SMALL, max_draws=4096))
     assert abs(found.value - FUNNEL_IN_A_BOX) > 4 * found.std_error  # the doubt is right
     assert found.doubts and "in doubt" in str(found) and (found - found).doubts == found.doubts

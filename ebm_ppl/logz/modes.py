@@ -1,0 +1,126 @@
+"""Where the mass of a target may hide: its modes, each with the normal distribution that touches it (Laplace).
+
+    m  = argmax log p(z)        by L-BFGS (optax) from many starts, in coordinates where a cloud has unit variances
+    S  = (-Hessian log p(m))^-1
+    log mass = log p(m) + 1/2 log det(2 pi S)
+
+A tempered path meets a narrow mode only by luck; an ascent finds it from anywhere in its basin. What is found here is a
+proposal and no estimate: the weights of its draws say what a mode is worth.
+
+References:
+    Liu and Nocedal (1989), On the limited memory BFGS method; Tierney and Kadane (1986), Accurate approximations for
+    posterior moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ebm_ppl import parallel
+from ebm_ppl.logz.integral import total_energy
+from ebm_ppl.scale import DenseScale
+from ebm_ppl.target import Tilted
+from ebm_ppl.typing import Array
+
+MOST_STEPS = 200
+FLAT = 1e-3
+"""Norm of the gradient in whitened coordinates, in nats, at which an ascent has arrived."""
+SAME = 0.3
+"""Distance of two modes, for each dimension, in standard deviations of one of them, within which they are the same."""
+
+
+class Modes(NamedTuple):
+    """Distinct modes, the highest first."""
+
+    z: np.ndarray
+    """(mode, dim)"""
+    log_density: np.ndarray
+    scale: DenseScale
+    """Of each, with leading axis (mode,)."""
+
+    @property
+    def log_mass(self) -> np.ndarray:
+        """Of the touching normal distributions, in nats."""
+        log_volume = np.sum(np.log(np.diagonal(self.scale.factor, axis1=1, axis2=2)), axis=1)
+        return self.log_density + log_volume + self.z.shape[1] / 2 * np.log(2 * np.pi)
+
+
+def find_modes(target: Tilted, starts: np.ndarray, deviation: np.ndarray) -> tuple[Modes, int]:
+    """The modes that ascents from `starts`, shape (num, dim), arrive at, and the evaluations that it took.
+
+    Args:
+        deviation: standard deviations that the ascents take for units, shape (dim,).
+    """
+    parts = parallel.over(_ascend, parallel.split(jnp.asarray(starts)), target, jnp.asarray(deviation))
+    found = jax.tree.map(lambda *xs: np.concatenate(xs), *jax.device_get(parts))
+    z, log_density, arrived, evaluations = found
+    arrived &= np.isfinite(log_density) & np.all(np.isfinite(z), axis=1)
+    z, log_density = z[arrived], log_density[arrived]
+    num_evaluations = int(np.sum(evaluations))
+    kept: list[tuple[np.ndarray, float, DenseScale]] = []
+    for i in np.argsort(-log_density):
+        if any(_distance(z[i], mode, scale) < SAME for mode, _, scale in kept):
+            continue
+        scale, curved = jax.device_get(parallel.once(_touching, z[i], target))
+        num_evaluations += 2 * target.dim
+        if curved:
+            kept.append((z[i], log_density[i], scale))
+    if not kept:
+        dim = target.dim
+        return Modes(np.empty((0, dim)), np.empty(0), DenseScale(*2 * [jnp.empty((0, dim, dim))])), num_evaluations
+    modes, heights, scales = zip(*kept, strict=True)
+    scale: Any = jax.tree.map(lambda *xs: np.stack(xs), *scales)
+    return Modes(np.stack(modes), np.array(heights), scale), num_evaluations
+
+
+def _distance(z: np.ndarray, mode: np.ndarray, scale: DenseScale) -> float:
+    return float(np.linalg.norm(np.asarray(scale.inverse) @ (z - mode)) / np.sqrt(len(z)))
+
+
+def _ascend(start: Array, target: Tilted, deviation: Array) -> tuple[Array, Array, Array, Array]:
+    """Where one ascent ends, the log density there, whether it is flat, and the evaluations it took."""
+
+    def height(x: Array) -> Array:
+        log_reference, energy = total_energy(target, start + deviation * x)
+        return energy - log_reference
+
+    optimiser: Any = optax.lbfgs()
+    value_and_grad: Callable = optax.value_and_grad_from_state(height)
+
+    def again(carry: tuple[Array, Any, Array, Array, Array]) -> Array:
+        _, _, slope, count, _ = carry
+        return (slope > FLAT) & (count < MOST_STEPS)
+
+    def step(carry: tuple[Array, Any, Array, Array, Array]) -> tuple[Array, Any, Array, Array, Array]:
+        x, state, _, count, evaluations = carry
+        value, gradient = value_and_grad(x, state=state)
+        updates, state = optimiser.update(gradient, state, x, value=value, grad=gradient, value_fn=height)
+        x = x + updates
+        slope = jnp.linalg.norm(optax.tree.get(state, "grad"))
+        searched = optax.tree.get(state, "num_linesearch_steps")
+        return x, state, slope, count + 1, evaluations + 1 + searched
+
+    x = jnp.zeros_like(start)
+    zero = jnp.zeros((), int)
+    x, _, slope, _, evaluations = jax.lax.while_loop(
+        again, step, (x, optimiser.init(x), jnp.asarray(jnp.inf, x.dtype), zero, zero)
+    )
+    return start + deviation * x, -height(x), slope <= FLAT, evaluations
+
+
+def _touching(mode: Array, target: Tilted) -> tuple[DenseScale, Array]:
+    """The scale of the normal distribution that touches the density at a mode, and whether there is one."""
+
+    def log_density(z: Array) -> Array:
+        log_reference, energy = total_energy(target, z)
+        return log_reference - energy
+
+    precision = -jax.hessian(log_density)(mode)
+    scale = DenseScale.of_covariance(jnp.linalg.inv((precision + precision.T) / 2))
+    return scale, jnp.all(jnp.isfinite(scale.factor)) & jnp.all(jnp.isfinite(scale.inverse))

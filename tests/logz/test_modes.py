@@ -1,0 +1,69 @@
+"""Modes are found where they are, with the normal distribution that touches them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from problems import PROBLEMS
+
+import ebm_ppl as ebm
+from ebm_ppl.logz.modes import find_modes
+
+STARTS = np.random.default_rng(0).normal(0, 3, (32, 8))
+
+
+def modes(target, num=32):
+    starts = STARTS[:num, : target.dim]
+    return find_modes(target, starts, np.std(starts, axis=0))
+
+
+@pytest.mark.parametrize("name", ["correlated_normal", "regression"])
+def test_a_normal_distribution_is_touched_everywhere(name):
+    problem = PROBLEMS[name]
+    found, evaluations = modes(problem.target())
+    (site,) = problem.means
+    np.testing.assert_allclose(found.z, [problem.means[site]], atol=1e-3)
+    np.testing.assert_allclose(found.log_mass, [problem.log_z], atol=1e-5)
+    covariance = found.scale.factor[0] @ found.scale.factor[0].T
+    np.testing.assert_allclose(np.diag(covariance), problem.variances[site], rtol=1e-6)
+    np.testing.assert_allclose(found.scale.factor[0] @ found.scale.inverse[0], np.eye(len(covariance)), atol=1e-9)
+    assert 32 < evaluations < 32 * 100
+
+
+def test_modes_come_once_each_and_the_highest_first():
+    def model():
+        x = numpyro.sample("x", dist.Normal(0.0, 10.0).expand([3]).to_event(1))
+        centres, weights = jnp.array([[-4.0], [0.0], [5.0]]), jnp.array([0.2, 0.5, 0.3])
+        log_density = jax.nn.logsumexp(dist.Normal(centres, 0.5).log_prob(x).sum(-1) + jnp.log(weights))
+        ebm.energy_factor("mixture", -log_density, role="loss")
+
+    found, _ = modes(ebm.target(model))
+    np.testing.assert_allclose(found.z[:, 0], [0.0, 5.0, -4.0], atol=0.05)
+    assert np.all(np.diff(found.log_density) < 0)
+
+
+def test_a_density_without_a_mode_has_none():
+    def model():
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        ebm.energy_factor("cancel", jnp.sum(0.1 * x - x**2 / 2), role="loss")  # what is left falls for ever
+
+    found, _ = modes(ebm.target(model))
+    assert found.z.shape == (0, 2) and found.log_mass.shape == (0,)
+
+
+def test_a_spike_that_no_particle_meets_is_found():
+    """Skilling's spike and slab: 100 parts to 1 lie where tempering meets them by luck alone."""
+
+    def model():
+        x = numpyro.sample("x", dist.Uniform(-0.5, 0.5).expand([10]).to_event(1))
+        spike, slab = (dist.Normal(0.0, scale).log_prob(x).sum() for scale in (0.002, 0.1))
+        ebm.energy_factor("spike and slab", -jnp.logaddexp(jnp.log(100.0) + spike, slab), role="loss")
+
+    target, pilot = ebm.target(model), ebm.SMC(num_particles=300, target_ess=0.5, num_moves=2)
+    found = ebm.log_z(jax.random.key(0), target, ebm.FittedReference(tol=0.01, pilot=pilot, num_draws=1024))
+    (diagnostics,) = found.diagnostics["data"]
+    assert abs(diagnostics["pilot"]) < 1  # all that the particles have seen is the slab
+    assert abs(found.value - np.log(101)) < 5 * found.std_error and found.std_error < 0.05
+    assert not found.doubts and any("the pilot missed" in line for line in found.story)
