@@ -34,7 +34,16 @@ import numpy as np
 from scipy.stats import qmc
 
 from ebm_ppl import parallel, smc
-from ebm_ppl.logz.integral import Integral, check_energies, total_energy
+from ebm_ppl.logz.integral import (
+    CONTRADICTION,
+    FEW,
+    LARGEST_K,
+    Integral,
+    check_energies,
+    effective_share,
+    pareto_k,
+    total_energy,
+)
 from ebm_ppl.mixture import fit_mixture
 from ebm_ppl.rebase import Rebased
 from ebm_ppl.smc import SMC, UNSETTLED
@@ -43,12 +52,8 @@ from ebm_ppl.typing import Array, EnergyError, PRNGKey, log_mean
 
 BLOCKS = 16
 """Scrambled sequences of an estimate: its standard error has one degree of freedom fewer."""
-LARGEST_K = 0.7
-"""Of Pareto's k: beyond it a mean of weights settles too slowly for an error bar to have a meaning."""
 SMALL_SHARE = 0.1
 """Effective share of the draws below which a path from the fitted reference is not short."""
-FEW = 100
-"""Effective draws below which the error bar has no meaning either."""
 GOOD_SHARE = 0.9
 """Effective share of the draws beyond which a better q is not worth its price."""
 TAILS_SHARE = 0.1
@@ -57,8 +62,6 @@ WORTHWHILE = 1.1
 """Factor by which a refit must raise the effective share of the draws for another to follow."""
 SMALLEST = 2.0**-33
 """Coordinate of a point of the cube, half of its resolution."""
-CONTRADICTION = 4.0
-"""Standard errors between two opinions that make one of them wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,17 +192,11 @@ class Weighed(NamedTuple):
 
     @property
     def effective_share(self) -> float:
-        weights = self.relative
-        return float(np.mean(weights) ** 2 / np.mean(weights**2))
+        return effective_share(self.log_weight)
 
     @property
     def pareto_k(self) -> float:
-        """Shape of the tail of the weights, by Pareto smoothed importance sampling."""
-        from arviz_stats.base import array_stats
-
-        if np.ptp(self.log_weight) < 1e-6:
-            return -math.inf
-        return float(array_stats.psislw(-np.ravel(self.log_weight))[1])
+        return pareto_k(self.log_weight)
 
 
 class Search(NamedTuple):
