@@ -336,7 +336,10 @@ def _disagreement(lower: float, upper: float, kind: str) -> list[str]:
             else "the reverse chains start from particles that are no draws of the posterior (more num_particles or "
             "num_moves of the pilot help)"
         )
-        return [f"The lower bound ({lower:.3f}) lies above the upper one ({upper:.3f}): probably {cause}."]
+        return [
+            f"The lower bound ({lower:.3f}) lies above the upper one ({upper:.3f}), which is chance in less than one "
+            f"run of a hundred: else {cause}."
+        ]
     if upper - lower > LARGE_GAP:
         return [
             f"The bounds are {upper - lower:.1f} nats apart ({lower:.2f} and {upper:.2f}): the chains lag behind the "
