@@ -6,6 +6,7 @@ from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, S
 from ebm_ppl.evidence import log_z, read_log_z
 from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
+from ebm_ppl.logz.annealing import AIS, BDMC
 from ebm_ppl.logz.fitted import FittedReference
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_energies, plot_smc
@@ -25,6 +26,8 @@ from ebm_ppl.typing import (
 )
 
 __all__ = [
+    "AIS",
+    "BDMC",
     "HMC",
     "MALA",
     "MCLMC",

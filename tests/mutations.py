@@ -205,6 +205,27 @@ MUTATIONS = (
         ("logz/test_fitted.py::test_evidence_of_models_with_prior_energies[three_roles]",),
     ),
     Mutation(
+        "annealed moves at the temperature before",
+        "logz/annealing.py",
+        "return log_reference - at.beta * energy",
+        "return log_reference - (at.beta - at.step) * energy",
+        ("logz/test_annealing.py::test_weights_of_both_directions_agree_for_any_schedule_and_tuning",),
+    ),
+    Mutation(
+        "reverse annealed chains in the order of the forward ones",
+        "logz/annealing.py",
+        "path.stages, reverse=True)",
+        "path.stages)",
+        ("logz/test_annealing.py::test_weights_of_both_directions_agree_for_any_schedule_and_tuning",),
+    ),
+    Mutation(
+        "upper bound of annealed chains from weights that are not inverted",
+        "logz/annealing.py",
+        "high, high_error = _bound(-reverse.log_weight)",
+        "high, high_error = -_bound(reverse.log_weight)[0], _bound(reverse.log_weight)[1]",
+        ("logz/test_annealing.py::test_bounds_bracket_the_truth",),
+    ),
+    Mutation(
         "density of a fitted reference without its share",
         "rebase.py",
         "jnp.log1p(-self.defence) + self.proposal",

@@ -2,6 +2,7 @@
 
     log E_{pi_0}[exp(-U)]        `Estimator.integrate(key, target) -> Integral`, one run
     (log pi_0(z), U(z))          `total_energy`
+    how good weights are         `effective_share`, `pareto_k`
 
 An estimator sees all energies of a target at once. `ebm_ppl.log_z` asks it for the whole and, where prior energies have
 a log Z of their own, for the prior, and takes the difference.
@@ -10,6 +11,7 @@ a log Z of their own, for the prior, and takes the difference.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -18,6 +20,13 @@ import numpy as np
 
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, DegenerateParticlesError, NonFiniteEnergyError, PRNGKey
+
+LARGEST_K = 0.7
+"""Of Pareto's k: beyond it a mean of weights settles too slowly for an error bar to have a meaning."""
+FEW = 100
+"""Effective draws below which the error bar has no meaning either."""
+CONTRADICTION = 4.0
+"""Standard errors between two opinions that make one of them wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +87,20 @@ def check_energies(energies: np.ndarray, where: str) -> int:
             "values against their supports, or soften a hard constraint."
         )
     return int(np.sum(np.isnan(energies)))
+
+
+def effective_share(log_weight: np.ndarray) -> float:
+    """Kish's share of draws that count, `mean(w)^2 / mean(w^2)`."""
+    weights = np.exp(log_weight - np.max(log_weight))
+    return float(np.mean(weights) ** 2 / np.mean(weights**2))
+
+
+def pareto_k(log_weight: np.ndarray) -> float:
+    """Shape of the tail of the weights, by Pareto smoothed importance sampling; -inf where all of them are equal."""
+    from arviz_stats.base import array_stats
+
+    log_weight = np.ravel(log_weight)
+    tail = math.ceil(min(0.2 * log_weight.size, 3 * math.sqrt(log_weight.size)))
+    if np.ptp(np.sort(log_weight)[-tail - 1 :]) < 1e-6:
+        return -math.inf
+    return float(array_stats.psislw(-log_weight)[1])
