@@ -31,6 +31,7 @@ log Z none came to 2.1; of 10 on a funnel in a box, whose log Z came out 1.7 too
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -126,8 +127,18 @@ class Cloud(NamedTuple):
     """Variance of it for particles that follow their targets."""
 
 
-def run(key: PRNGKey, target: Tilted, sampler: SMC, *, num_runs: int = 1, progress_bar: bool = True) -> Draws:
+def run(
+    key: PRNGKey,
+    target: Tilted,
+    sampler: SMC,
+    *,
+    num_runs: int = 1,
+    progress_bar: bool = True,
+    visit: Callable[[list[Cloud]], None] = lambda clouds: None,
+) -> Draws:
     """Independent runs of SMC; `log_z` of the result holds value and standard error of each phase and run.
+
+    After each stage `visit` is called with the clouds at its temperature.
 
     Raises:
         NoReferenceError, IntractablePartitionError: where log Z has no meaning for the model.
@@ -141,7 +152,7 @@ def run(key: PRNGKey, target: Tilted, sampler: SMC, *, num_runs: int = 1, progre
     for phase, tempered in target.phases():
         clouds = parallel.over(_enter, clouds, tempered, phase)
         check_start(np.concatenate([cloud.energy for cloud in clouds]), phase)
-        clouds, passed = _run_phase(keys, tempered, sampler, phase, clouds, len(infos), progress_bar)
+        clouds, passed = _run_phase(keys, tempered, sampler, phase, clouds, len(infos), progress_bar, visit)
         log_z |= phase_estimates(phase, passed, num_runs, clouds[0].z.dtype)
         infos += passed
     final = jax.tree.map(lambda *parts: np.concatenate(parts), *[(c.z, c.weighted, c.log_weight) for c in clouds])
@@ -188,7 +199,14 @@ def _split(target: Tilted, phase: str, z: Array) -> tuple[Array, Array]:
 
 
 def _run_phase(
-    keys: list[Array], target: Tilted, sampler: SMC, phase: str, clouds: list[Cloud], first: int, progress_bar: bool
+    keys: list[Array],
+    target: Tilted,
+    sampler: SMC,
+    phase: str,
+    clouds: list[Cloud],
+    first: int,
+    progress_bar: bool,
+    visit: Callable[[list[Cloud]], None],
 ) -> tuple[list[Cloud], list[tuple[str, StageInfo]]]:
     """All runs to the end of a phase; a run that is there leaves the rest of its record NaN."""
     from tqdm.auto import tqdm
@@ -205,6 +223,7 @@ def _run_phase(
             info: Any = StageInfo(*map(np.concatenate, zip(*parts, strict=True)))  # pyright: ignore
             check(info, phase, len(infos) + 1, sampler.num_particles, sampler.max_stages)
             infos.append((phase, info))
+            visit(clouds)
             bar.n = round(float(min(np.min(cloud.beta) for cloud in clouds)), 4)
             bar.set_postfix_str(f"stage {len(infos)}, accepted {np.nanmean(info.accept_rate):.2f}")
     return clouds, infos

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ import numpy as np
 from scipy.stats import qmc
 
 from ebm_ppl import parallel, smc
-from ebm_ppl.logz.integral import Integral, check_energies, total_energy
+from ebm_ppl.logz.integral import CONTRADICTION, Integral, Opinion, check_energies, opinion_of, total_energy
 from ebm_ppl.mixture import fit_mixture
 from ebm_ppl.rebase import Rebased
 from ebm_ppl.smc import SMC, UNSETTLED
@@ -57,8 +57,6 @@ WORTHWHILE = 1.1
 """Factor by which a refit must raise the effective share of the draws for another to follow."""
 SMALLEST = 2.0**-33
 """Coordinate of a point of the cube, half of its resolution."""
-CONTRADICTION = 4.0
-"""Standard errors between two opinions that make one of them wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +95,7 @@ class FittedReference:
         """log Z of all energies of a target at once, from one pilot, one fitted reference and one estimate."""
         key_pilot, key_fit, key_final, key_path = jax.random.split(key, 4)
         pilot = smc.run(key_pilot, target, self.pilot, progress_bar=False)
-        opinion = _opinion(pilot)
+        opinion = opinion_of(pilot)
         story = [f"pilot of {self.pilot.num_particles} particles: log Z {opinion}"]
         found = _search(key_fit, target, np.asarray(pilot.z[0]), self, story)
         search = opinion.num_evaluations + found.num_evaluations
@@ -114,7 +112,7 @@ class FittedReference:
             diagnostics={"branch": "importance sampling"},
         )
         if not final.pareto_k <= LARGEST_K:
-            path = _opinion(smc.run(key_path, found.reference, self.fallback, progress_bar=False))
+            path = opinion_of(smc.run(key_path, found.reference, self.fallback, progress_bar=False))
             story.append(f"heavy tails, so SMC from the fitted reference: log Z {path}")
             estimate = Integral(
                 value=path.value,
@@ -130,34 +128,6 @@ class FittedReference:
             doubts=tuple(_doubts(estimate, opinion, final)),
             diagnostics={**estimate.diagnostics, **measured},
         )
-
-
-class Opinion(NamedTuple):
-    """What a run of SMC says of log Z of all energies."""
-
-    value: float
-    std_error: float
-    drift: float
-    num_evaluations: float
-    num_nan: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.value:.3f} ± {self.std_error:.3f}, drift {self.drift:.1f}, {self.num_evaluations:.0f} evaluations"
-        )
-
-
-def _opinion(draws: Any) -> Opinion:
-    runs, attrs = draws.log_z, draws.attrs
-    values = [float(runs[name][0]) for name in ("prior_value", "data_value") if name in runs]
-    errors = [float(runs[name][0]) for name in ("prior_std_error", "data_std_error") if name in runs]
-    return Opinion(
-        sum(values),
-        math.hypot(*errors),
-        float(attrs["largest_drift"]),
-        float(attrs["num_evaluations"]),
-        int(attrs["num_nan_energy"]),
-    )
 
 
 class Weighed(NamedTuple):

@@ -10,14 +10,20 @@ a log Z of their own, for the prior, and takes the difference.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import Array, DegenerateParticlesError, NonFiniteEnergyError, PRNGKey
+from ebm_ppl.typing import Array, DegenerateParticlesError, Draws, NonFiniteEnergyError, PRNGKey
+
+CONTRADICTION = 4.0
+"""Standard errors between two opinions that make one of them wrong."""
+LARGEST_RHAT = 1.05
+"""Of R-hat: beyond it chains have not seen the same density."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +84,57 @@ def check_energies(energies: np.ndarray, where: str) -> int:
             "values against their supports, or soften a hard constraint."
         )
     return int(np.sum(np.isnan(energies)))
+
+
+class Opinion(NamedTuple):
+    """What a run of SMC says of log Z of all energies."""
+
+    value: float
+    std_error: float
+    drift: float
+    num_evaluations: float
+    num_nan: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.value:.3f} ± {self.std_error:.3f}, drift {self.drift:.1f}, {self.num_evaluations:.0f} evaluations"
+        )
+
+
+def opinion_of(draws: Draws) -> Opinion:
+    """The log Z of a run of SMC, its phases added up."""
+    runs, attrs = draws.log_z or {}, draws.attrs
+    values = [float(runs[name][0]) for name in ("prior_value", "data_value") if name in runs]
+    errors = [float(runs[name][0]) for name in ("prior_std_error", "data_std_error") if name in runs]
+    return Opinion(
+        sum(values),
+        math.hypot(*errors),
+        float(attrs["largest_drift"]),
+        float(attrs["num_evaluations"]),
+        int(attrs["num_nan_energy"]),
+    )
+
+
+def effective_size(values: np.ndarray) -> float:
+    """How many independent draws the mean of a chain's values is worth, from values of shape (chain, draw).
+
+    Reference:
+        Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021), Rank-normalization, folding, and localization.
+    """
+    from arviz_stats.base import array_stats
+
+    if not np.ptp(values) > 0:
+        return float(values.size)
+    size: Any = array_stats.ess(values, chain_axis=0, draw_axis=1, method="mean")
+    return float(size)
+
+
+def disagreement(values: np.ndarray) -> float:
+    """R-hat of values of shape (chain, draw): 1 where the chains agree; the same reference."""
+    from arviz_stats.base import array_stats
+
+    if not np.ptp(values) > 0:
+        return 1.0
+    with np.errstate(divide="ignore", invalid="ignore"):  # chains that stand still, each at another value
+        rhat: Any = array_stats.rhat(values, chain_axis=0, draw_axis=1)
+    return math.inf if np.isnan(rhat) else float(rhat)
