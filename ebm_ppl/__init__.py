@@ -6,6 +6,7 @@ from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, S
 from ebm_ppl.evidence import log_z, read_log_z
 from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
+from ebm_ppl.logz.bridge import Bridge
 from ebm_ppl.logz.fitted import FittedReference
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_energies, plot_smc
@@ -30,6 +31,7 @@ __all__ = [
     "MCLMC",
     "NUTS",
     "SMC",
+    "Bridge",
     "DegenerateParticlesError",
     "Energy",
     "EnergyDistribution",

@@ -205,6 +205,20 @@ MUTATIONS = (
         ("logz/test_fitted.py::test_evidence_of_models_with_prior_energies[three_roles]",),
     ),
     Mutation(
+        "bridge whose error takes a chain's draws for independent",
+        "logz/bridge.py",
+        "np.var(g, ddof=1) / np.mean(g) ** 2 / effective_size(g)",
+        "np.var(g, ddof=1) / np.mean(g) ** 2 / g.size",
+        ("logz/test_bridge.py::test_error_is_calibrated_for_chains_with_a_memory",),
+    ),
+    Mutation(
+        "bridge warped about a point with the density of one side",
+        "logz/bridge.py",
+        "- math.log(log_p.shape[1]) - log_q",
+        "- log_q",
+        ("logz/test_bridge.py::test_estimate_and_its_error[three_roles-True]",),
+    ),
+    Mutation(
         "density of a fitted reference without its share",
         "rebase.py",
         "jnp.log1p(-self.defence) + self.proposal",
