@@ -8,6 +8,7 @@ from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
 from ebm_ppl.logz.bridge import Bridge
 from ebm_ppl.logz.fitted import FittedReference
+from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_energies, plot_smc
 from ebm_ppl.smc import SMC
@@ -28,6 +29,7 @@ from ebm_ppl.typing import (
 __all__ = [
     "HMC",
     "MALA",
+    "MBAR",
     "MCLMC",
     "NUTS",
     "SMC",
@@ -48,9 +50,11 @@ __all__ = [
     "NonFiniteEnergyError",
     "QuadraticEnergy",
     "ScaledEnergy",
+    "SteppingStone",
     "SumEnergy",
     "Target",
     "TemperingStalledError",
+    "ThermodynamicIntegration",
     "as_numpyro_kernel",
     "energy_factor",
     "log_z",

@@ -219,6 +219,27 @@ MUTATIONS = (
         ("logz/test_bridge.py::test_estimate_and_its_error[three_roles-True]",),
     ),
     Mutation(
+        "ladder whose chains are all at the posterior",
+        "logz/path.py",
+        "return log_reference - rung.beta * energy",
+        "return log_reference - energy",
+        ("logz/test_path.py::test_estimate_and_its_error[mixture-SteppingStone]",),
+    ),
+    Mutation(
+        "ladder's correction of the integral with its sign flipped",
+        "logz/path.py",
+        "weight @ mean - correction @ variance\n",
+        "weight @ mean + correction @ variance\n",
+        ("logz/test_path.py::test_error_of_the_rule_of_integration",),
+    ),
+    Mutation(
+        "ladder whose MBAR takes all draws for one chain's",
+        "logz/path.py",
+        "spread = centred.T @ centred * num_chains / (num_chains - 1)",
+        "spread = centred.T @ centred / num_chains",
+        ("logz/test_path.py::test_error_is_calibrated_for_chains_with_a_memory",),
+    ),
+    Mutation(
         "density of a fitted reference without its share",
         "rebase.py",
         "jnp.log1p(-self.defence) + self.proposal",
