@@ -7,7 +7,9 @@ from ebm_ppl.evidence import log_z, read_log_z
 from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
 from ebm_ppl.logz.annealing import AIS, BDMC
+from ebm_ppl.logz.bridge import Bridge
 from ebm_ppl.logz.fitted import FittedReference
+from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_energies, plot_smc
 from ebm_ppl.smc import SMC
@@ -30,9 +32,11 @@ __all__ = [
     "BDMC",
     "HMC",
     "MALA",
+    "MBAR",
     "MCLMC",
     "NUTS",
     "SMC",
+    "Bridge",
     "DegenerateParticlesError",
     "Energy",
     "EnergyDistribution",
@@ -49,9 +53,11 @@ __all__ = [
     "NonFiniteEnergyError",
     "QuadraticEnergy",
     "ScaledEnergy",
+    "SteppingStone",
     "SumEnergy",
     "Target",
     "TemperingStalledError",
+    "ThermodynamicIntegration",
     "as_numpyro_kernel",
     "energy_factor",
     "log_z",

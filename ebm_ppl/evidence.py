@@ -48,7 +48,8 @@ def log_z(
     Args:
         key: from `jax.random.key`.
         target: from `ebm_ppl.target`.
-        method: the estimator: `SMC()` (default), `FittedReference()`, `AIS()`, or `BDMC()`, which brackets log Z.
+        method: the estimator: `SMC()` (default), `FittedReference()`, `AIS()`, `BDMC()` (which brackets log Z),
+            `Bridge()`, `MBAR()`, `SteppingStone()` or `ThermodynamicIntegration()`.
         num_runs: independent runs. With one, the error is the run's own; with more, the larger of their spread and
             their own errors.
 

@@ -90,10 +90,10 @@ def run(
     else:
         num_warmup = 0
     warmup_steps = 0 if _is_unadjusted(sampler) else num_warmup
-    records = []
+    records, evaluations = [], 0
     with _progress(sampler.name, warmup_steps + num_samples * thin, progress_bar) as bar:
         if learned is not None:
-            state = _warm_up(target, sampler, state, learned, warmup_steps, bar)
+            state, evaluations = _warm_up(target, sampler, state, learned, warmup_steps, bar)
         for after, record, count in _steps(target, sampler, state, num_samples * thin, bar):
             state = after
             records.append({name: x[:, :count] for name, x in record.items() if name != "gradient"})
@@ -110,6 +110,8 @@ def run(
         "num_divergent": int(stats["diverging"].sum()),
         "num_nan_energy": int(stats["nan_energy"].sum()),
     }
+    if not _is_unadjusted(sampler):  # whose tuner does not say what it costs
+        attrs["num_evaluations"] = evaluations + int(stats["n_steps"].sum())
     _warn(attrs, z.shape[0] * z.shape[1])
     return Draws(z[:, thin - 1 :: thin], jax.tree.map(lambda x: x[:, thin - 1 :: thin], stats), attrs), state
 
@@ -128,18 +130,20 @@ def _warmup(sampler: Sampler, dim: int) -> Warmup:
 
 def _warm_up(
     target: Target, sampler: Sampler, state: ChainState, learned: WarmupState, num_warmup: int, bar: Any
-) -> ChainState:
-    """The chains after their warm-up, with what they have learned together."""
+) -> tuple[ChainState, int]:
+    """The chains after their warm-up, with what they have learned together, and its leapfrog steps."""
+    evaluations = 0
     for length, is_window in windows(num_warmup):
         for after, record, count in _steps(target, sampler, state, length, bar, warming_up=True):
             state = after
+            evaluations += int(record["n_steps"][:, :count].sum())
             if is_window:
                 learned = parallel.once(_add, sampler, learned, record["z"], record["gradient"], np.array(count))
         adaptations = [part.adaptation for part in state.parts]
         learned, tuning, restarted = parallel.once(_close, sampler, learned, adaptations, target.dim, is_window)
         parts = [part._replace(adaptation=new) for part, new in zip(state.parts, restarted, strict=True)]
         state = state._replace(parts=parts, tuning=tuning)
-    return state
+    return state, evaluations
 
 
 def _add(sampler: Sampler, learned: WarmupState, positions: Array, gradients: Array, count: Array) -> WarmupState:

@@ -134,12 +134,11 @@ def run(
     *,
     num_runs: int = 1,
     progress_bar: bool = True,
-    watch: Callable[[list[Cloud]], None] | None = None,
+    visit: Callable[[list[Cloud]], None] = lambda clouds: None,
 ) -> Draws:
     """Independent runs of SMC; `log_z` of the result holds value and standard error of each phase and run.
 
-    Args:
-        watch: is called on the host with the clouds of all runs after each stage: what another method learns from them.
+    After each stage `visit` is called with the clouds at its temperature.
 
     Raises:
         NoReferenceError, IntractablePartitionError: where log Z has no meaning for the model.
@@ -153,7 +152,7 @@ def run(
     for phase, tempered in target.phases():
         clouds = parallel.over(_enter, clouds, tempered, phase)
         check_start(np.concatenate([cloud.energy for cloud in clouds]), phase)
-        clouds, passed = _run_phase(keys, tempered, sampler, phase, clouds, len(infos), progress_bar, watch)
+        clouds, passed = _run_phase(keys, tempered, sampler, phase, clouds, len(infos), progress_bar, visit)
         log_z |= phase_estimates(phase, passed, num_runs, clouds[0].z.dtype)
         infos += passed
     final = jax.tree.map(lambda *parts: np.concatenate(parts), *[(c.z, c.weighted, c.log_weight) for c in clouds])
@@ -207,7 +206,7 @@ def _run_phase(
     clouds: list[Cloud],
     first: int,
     progress_bar: bool,
-    watch: Callable[[list[Cloud]], None] | None,
+    visit: Callable[[list[Cloud]], None],
 ) -> tuple[list[Cloud], list[tuple[str, StageInfo]]]:
     """All runs to the end of a phase; a run that is there leaves the rest of its record NaN."""
     from tqdm.auto import tqdm
@@ -224,8 +223,7 @@ def _run_phase(
             info: Any = StageInfo(*map(np.concatenate, zip(*parts, strict=True)))  # pyright: ignore
             check(info, phase, len(infos) + 1, sampler.num_particles, sampler.max_stages)
             infos.append((phase, info))
-            if watch is not None:
-                watch(clouds)
+            visit(clouds)
             bar.n = round(float(min(np.min(cloud.beta) for cloud in clouds)), 4)
             bar.set_postfix_str(f"stage {len(infos)}, accepted {np.nanmean(info.accept_rate):.2f}")
     return clouds, infos

@@ -44,7 +44,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,14 +58,16 @@ from ebm_ppl.logz.integral import (
     FEW,
     LARGEST_K,
     Integral,
+    Joint,
     check_energies,
     effective_share,
+    opinion_of,
     pareto_k,
     total_energy,
 )
 from ebm_ppl.scale import DenseScale, covariance_of
 from ebm_ppl.smc import SMC, UNSETTLED
-from ebm_ppl.target import Phase, Tilted
+from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, DegenerateParticlesError, Draws, EnergyError, PRNGKey, log_mean
 
 BLOCKS = 16
@@ -276,31 +277,6 @@ class Weights(NamedTuple):
     num_nan: int
 
 
-class _Joint(eqx.Module):
-    """A target whose energies are all tempered at once."""
-
-    target: Tilted
-
-    @property
-    def dim(self) -> int:
-        return self.target.dim
-
-    def phases(self) -> list[tuple[Phase, _Joint]]:
-        return [("joint", self)]
-
-    def require_tractable(self) -> None:
-        self.target.require_tractable()
-
-    def require_reference(self) -> None:
-        self.target.require_reference()
-
-    def sample_reference(self, key: PRNGKey) -> Array:
-        return self.target.sample_reference(key)
-
-    def staged_terms(self, z: Array) -> tuple[Array, Array]:
-        return self.target.staged_terms(z)
-
-
 def bennett(forward: np.ndarray, reverse: np.ndarray) -> tuple[float, float]:
     """log Z and its standard error from equally many log weights of both directions, by Bennett's acceptance ratio."""
     both = np.concatenate([forward[np.isfinite(forward)], reverse])
@@ -349,7 +325,7 @@ def _disagreement(lower: float, upper: float, kind: str) -> list[str]:
 
 
 def _doubts_of_pilot(pilot: Draws, value: float, std_error: float) -> list[str]:
-    drift, (opinion, noise) = float(pilot.attrs["largest_drift"]), _opinion(pilot)
+    opinion, noise, drift, *_ = opinion_of(pilot)
     doubts = []
     if drift > UNSETTLED:
         doubts.append(
@@ -367,18 +343,12 @@ def _doubts_of_pilot(pilot: Draws, value: float, std_error: float) -> list[str]:
 
 
 def _told(pilot: Draws) -> str:
-    value, std_error = _opinion(pilot)
+    value, std_error, *_ = opinion_of(pilot)
     num_stages = (pilot.stages or {})["beta"].shape[1]
     return (
         f"pilot of {len(pilot.z[0])} particles and {num_stages} stages: log Z {value:.3f} ± {std_error:.3f}, "
         f"{_spent(pilot):.0f} evaluations"
     )
-
-
-def _opinion(pilot: Draws) -> tuple[float, float]:
-    """The pilot's own log Z and its standard error; of one phase, all of it is under "data"."""
-    runs = pilot.log_z or {}
-    return float(runs["data_value"][0]), float(runs["data_std_error"][0])
 
 
 def _spent(pilot: Draws) -> float:
@@ -408,7 +378,7 @@ def _find_path(key: PRNGKey, target: Tilted, method: _Annealing) -> tuple[Path, 
         betas.append(float(cloud.beta))
         tunings.append(parallel.once(_tuning, cloud.z, cloud.step_size, np.float64(method.pilot.target_ess)))
 
-    pilot = smc.run(key_pilot, _Joint(target), method.pilot, progress_bar=False, watch=learn)
+    pilot = smc.run(key_pilot, Joint(target), method.pilot, progress_bar=False, visit=learn)
     assert pilot.stages is not None
     shares = pilot.stages["ess"][0] / method.pilot.num_particles
     beta, tuned = refine(np.array(betas), shares, method.num_stages)
@@ -478,7 +448,7 @@ def _starts(key: PRNGKey, target: Tilted, method: BDMC) -> tuple[Array, list[Dra
             raise EnergyError(f"exact returns a point of shape ({target.dim},); got {starts.shape[1:]}.")
         return starts, []
     # Not the pilot's own particles: a metric of the very points that it moves favours the directions of their spread.
-    run = smc.run(key_run, _Joint(target), method.pilot, progress_bar=False)
+    run = smc.run(key_run, Joint(target), method.pilot, progress_bar=False)
     order = np.asarray(jax.random.permutation(key_which, len(run.z[0])))
     return run.z[0][np.resize(order, method.num_chains)], [run]
 

@@ -15,9 +15,9 @@ The draws are evenly spread, not independent: `BLOCKS` Sobol sequences, each scr
 which is several times smaller than that of independent draws where w is smooth, and no larger elsewhere.
 
 The weights are looked at before they are believed: where their tail is heavier than a mean bears (Pareto k over
-`LARGEST_K`), SMC goes the rest of the way from q to the posterior, on a path that is short now (from the model's own reference, where
-q describes next to nothing). What the pilot says of log Z is a second opinion: one that contradicts the estimate is a
-doubt, unless weights that behave have found more than the pilot saw.
+`LARGEST_K`), SMC goes the rest of the way from q to the posterior, on a path that is short now (from the model's own
+reference, where q describes next to nothing). What the pilot says of log Z is a second opinion: one that contradicts
+the estimate is a doubt, unless weights that behave have found more than the pilot saw.
 
 References:
     Cappe, Douc, Guillin, Marin and Robert (2008), Adaptive importance sampling in general mixture classes; Owen (1997),
@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,18 @@ import numpy as np
 from scipy.stats import qmc
 
 from ebm_ppl import parallel, smc
-from ebm_ppl.logz.integral import Integral, check_energies, total_energy
+from ebm_ppl.logz.integral import (
+    CONTRADICTION,
+    FEW,
+    LARGEST_K,
+    Integral,
+    Opinion,
+    check_energies,
+    effective_share,
+    opinion_of,
+    pareto_k,
+    total_energy,
+)
 from ebm_ppl.logz.modes import Modes, find_modes
 from ebm_ppl.mixture import DEGREES, MOST_COMPONENTS, TAILS, StudentMixture, fit_mixture
 from ebm_ppl.rebase import Rebased
@@ -47,8 +58,6 @@ from ebm_ppl.typing import Array, EnergyError, PRNGKey, log_mean
 
 BLOCKS = 16
 """Scrambled sequences of an estimate: its standard error has one degree of freedom fewer."""
-LARGEST_K = 0.7
-"""Of Pareto's k: beyond it a mean of weights settles too slowly for an error bar to have a meaning."""
 UNACCOUNTED = 1.5
 """Nats by which a mode is higher than the fit says, to become a component of its own."""
 MASS = 0.02, 9.0
@@ -58,8 +67,6 @@ BIASED = 0.05
 SMALL_SHARE = 0.01
 """Effective share of the draws below which the path from the fitted reference is not the shorter one."""
 REMEDY = "A larger pilot, or a reparametrised model, helps."
-FEW = 100
-"""Effective draws below which the error bar has no meaning either."""
 GOOD_SHARE = 0.9
 """Effective share of the draws beyond which a better q is not worth its price."""
 TAILS_SHARE = 0.1
@@ -68,8 +75,6 @@ WORTHWHILE = 1.1
 """Factor by which a refit must raise the effective share of the draws for another to follow."""
 SMALLEST = 2.0**-33
 """Coordinate of a point of the cube, half of its resolution."""
-CONTRADICTION = 3.0
-"""Standard errors between two opinions that make one of them wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +116,7 @@ class FittedReference:
         """log Z of all energies of a target at once, from one pilot, one fitted reference and one estimate."""
         key_pilot, key_fit, key_final, key_path = jax.random.split(key, 4)
         pilot = smc.run(key_pilot, target, self.pilot, progress_bar=False)
-        opinion = _opinion(pilot)
+        opinion = opinion_of(pilot)
         story = [f"pilot of {self.pilot.num_particles} particles: log Z {opinion}"]
         found = _search(key_fit, target, np.asarray(pilot.z[0]), opinion.value, self, story)
         search = opinion.num_evaluations + found.num_evaluations
@@ -125,7 +130,7 @@ class FittedReference:
         if by_path:
             near = final.effective_share >= SMALL_SHARE
             start = found.reference if near else target
-            estimate = _opinion(smc.run(key_path, start, self.fallback, progress_bar=False))
+            estimate = opinion_of(smc.run(key_path, start, self.fallback, progress_bar=False))
             story.append(f"heavy tails, so SMC from the {'fitted' if near else 'own'} reference: log Z {estimate}")
         return Integral(
             value=estimate.value,
@@ -141,34 +146,6 @@ class FittedReference:
                 "pilot": opinion.value,
             },
         )
-
-
-class Opinion(NamedTuple):
-    """What a run of SMC says of log Z of all energies."""
-
-    value: float
-    std_error: float
-    drift: float
-    num_evaluations: float
-    num_nan: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.value:.3f} ± {self.std_error:.3f}, drift {self.drift:.1f}, {self.num_evaluations:.0f} evaluations"
-        )
-
-
-def _opinion(draws: Any) -> Opinion:
-    runs, attrs = draws.log_z, draws.attrs
-    values = [float(runs[name][0]) for name in ("prior_value", "data_value") if name in runs]
-    errors = [float(runs[name][0]) for name in ("prior_std_error", "data_std_error") if name in runs]
-    return Opinion(
-        sum(values),
-        math.hypot(*errors),
-        float(attrs["largest_drift"]),
-        float(attrs["num_evaluations"]),
-        int(attrs["num_nan_energy"]),
-    )
 
 
 class Weighed(NamedTuple):
@@ -200,17 +177,11 @@ class Weighed(NamedTuple):
 
     @property
     def effective_share(self) -> float:
-        weights = self.relative
-        return float(np.mean(weights) ** 2 / np.mean(weights**2))
+        return effective_share(self.log_weight)
 
     @property
     def pareto_k(self) -> float:
-        """Shape of the tail of the weights, by Pareto smoothed importance sampling."""
-        from arviz_stats.base import array_stats
-
-        if np.ptp(self.log_weight) < 1e-6:
-            return -math.inf
-        return float(array_stats.psislw(-np.ravel(self.log_weight))[1])
+        return pareto_k(self.log_weight)
 
 
 class Search(NamedTuple):

@@ -3,6 +3,8 @@
     log E_{pi_0}[exp(-U)]        `Estimator.integrate(key, target) -> Integral`, one run
     (log pi_0(z), U(z))          `total_energy`
     how good weights are         `effective_share`, `pareto_k`
+    how good chains are          `effective_size`, `disagreement`
+    what a run of SMC says       `opinion_of`; on one path for all energies, `Joint`
 
 An estimator sees all energies of a target at once. `ebm_ppl.log_z` asks it for the whole and, where prior energies have
 a log Z of their own, for the prior, and takes the difference.
@@ -13,14 +15,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ebm_ppl.target import Tilted
-from ebm_ppl.typing import Array, DegenerateParticlesError, NonFiniteEnergyError, PRNGKey
+from ebm_ppl.target import Phase, Tilted
+from ebm_ppl.typing import Array, DegenerateParticlesError, Draws, NonFiniteEnergyError, PRNGKey
 
+LARGEST_RHAT = 1.05
+"""Of R-hat: beyond it chains have not seen the same density."""
 LARGEST_K = 0.7
 """Of Pareto's k: beyond it a mean of weights settles too slowly for an error bar to have a meaning."""
 FEW = 100
@@ -69,6 +74,31 @@ def total_energy(target: Tilted, z: Array) -> tuple[Array, Array]:
     return log_reference, jnp.sum(stages)
 
 
+class Joint(eqx.Module):
+    """A target whose energies are tempered all at once, whatever phases it has."""
+
+    target: Tilted
+
+    @property
+    def dim(self) -> int:
+        return self.target.dim
+
+    def phases(self) -> list[tuple[Phase, Joint]]:
+        return [("joint", self)]
+
+    def require_tractable(self) -> None:
+        self.target.require_tractable()
+
+    def require_reference(self) -> None:
+        self.target.require_reference()
+
+    def sample_reference(self, key: PRNGKey) -> Array:
+        return self.target.sample_reference(key)
+
+    def staged_terms(self, z: Array) -> tuple[Array, Array]:
+        return self.target.staged_terms(z)
+
+
 def check_energies(energies: np.ndarray, where: str) -> int:
     """The number of NaN among energies of draws, which count as +inf: zero mass.
 
@@ -104,3 +134,57 @@ def pareto_k(log_weight: np.ndarray) -> float:
     if np.ptp(np.sort(log_weight)[-tail - 1 :]) < 1e-6:
         return -math.inf
     return float(array_stats.psislw(-log_weight)[1])
+
+
+class Opinion(NamedTuple):
+    """What a run of SMC says of log Z of all energies."""
+
+    value: float
+    std_error: float
+    drift: float
+    num_evaluations: float
+    num_nan: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.value:.3f} ± {self.std_error:.3f}, drift {self.drift:.1f}, {self.num_evaluations:.0f} evaluations"
+        )
+
+
+def opinion_of(draws: Draws) -> Opinion:
+    """The log Z of a run of SMC, its phases added up."""
+    runs, attrs = draws.log_z or {}, draws.attrs
+    values = [float(runs[name][0]) for name in ("prior_value", "data_value") if name in runs]
+    errors = [float(runs[name][0]) for name in ("prior_std_error", "data_std_error") if name in runs]
+    return Opinion(
+        sum(values),
+        math.hypot(*errors),
+        float(attrs["largest_drift"]),
+        float(attrs["num_evaluations"]),
+        int(attrs["num_nan_energy"]),
+    )
+
+
+def effective_size(values: np.ndarray) -> float:
+    """How many independent draws the mean of a chain's values is worth, from values of shape (chain, draw).
+
+    Reference:
+        Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021), Rank-normalization, folding, and localization.
+    """
+    from arviz_stats.base import array_stats
+
+    if not np.ptp(values) > 0:
+        return float(values.size)
+    size: Any = array_stats.ess(values, chain_axis=0, draw_axis=1, method="mean")
+    return float(size)
+
+
+def disagreement(values: np.ndarray) -> float:
+    """R-hat of values of shape (chain, draw): 1 where the chains agree; the same reference."""
+    from arviz_stats.base import array_stats
+
+    if not np.ptp(values) > 0:
+        return 1.0
+    with np.errstate(divide="ignore", invalid="ignore"):  # chains that stand still, each at another value
+        rhat: Any = array_stats.rhat(values, chain_axis=0, draw_axis=1)
+    return math.inf if np.isnan(rhat) else float(rhat)
