@@ -7,6 +7,7 @@ from ebm_ppl.evidence import log_z, read_log_z
 from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
 from ebm_ppl.logz.fitted import FittedReference
+from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_energies, plot_smc
 from ebm_ppl.smc import SMC
@@ -42,6 +43,7 @@ __all__ = [
     "IntractablePartitionError",
     "LogZ",
     "MLPEnergy",
+    "NestedSampling",
     "NoReferenceError",
     "NonFiniteEnergyError",
     "QuadraticEnergy",

@@ -48,7 +48,7 @@ def log_z(
     Args:
         key: from `jax.random.key`.
         target: from `ebm_ppl.target`.
-        method: the estimator: `SMC()` (default) or `FittedReference()`.
+        method: the estimator: `SMC()` (default), `FittedReference()` or `NestedSampling()`.
         num_runs: independent runs. With one, the error is the run's own; with more, the larger of their spread and
             their own errors.
 
