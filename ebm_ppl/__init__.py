@@ -9,6 +9,7 @@ from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
 from ebm_ppl.logz.annealing import AIS, BDMC
 from ebm_ppl.logz.bridge import Bridge
 from ebm_ppl.logz.fitted import FittedReference
+from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_energies, plot_smc
@@ -49,6 +50,7 @@ __all__ = [
     "IntractablePartitionError",
     "LogZ",
     "MLPEnergy",
+    "NestedSampling",
     "NoReferenceError",
     "NonFiniteEnergyError",
     "QuadraticEnergy",

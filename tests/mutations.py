@@ -268,6 +268,20 @@ MUTATIONS = (
         ("test_rebase.py::test_reference_is_normalised_and_drawn_from",),
     ),
     Mutation(
+        "nested sampling: a tie with the contour counted as born below it",
+        "logz/nested.py",
+        "np.searchsorted(births, self.deaths) - np.arange",
+        'np.searchsorted(births, self.deaths, side="right") - np.arange',
+        ("logz/test_nested.py::test_volumes_count_live_points_as_blackjax_does",),
+    ),
+    Mutation(
+        "nested sampling: the share of the reference with mass forgotten",
+        "logz/nested.py",
+        "log_shell += math.log((num - zero - 1) / (num - 1)) if zero else 0.0",
+        "log_shell += 0.0",
+        ("logz/test_nested.py::test_part_of_the_reference_has_no_mass",),
+    ),
+    Mutation(
         "drift from particles without their weights",
         "smc.py",
         "carried = jnp.mean(z, axis=0) - weights @ cloud.z",
