@@ -193,9 +193,9 @@ MUTATIONS = (
     Mutation(
         "one scrambling for all blocks",
         "logz/fitted.py",
-        "cube = np.clip(qmc.Sobol(reference.dim + 2, bits=32, rng=np.random.default_rng(seed))",
-        "cube = np.clip(qmc.Sobol(reference.dim + 2, bits=32, rng=np.random.default_rng(0 * seed))",
-        ("logz/test_fitted.py::test_estimate_and_its_error[regression]",),
+        "np.random.default_rng(seed)",
+        "np.random.default_rng(0 * seed)",
+        ("logz/test_fitted.py::test_constant_energy_is_integrated_exactly",),
     ),
     Mutation(
         "evidence with the log Z of the prior added",
