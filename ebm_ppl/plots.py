@@ -96,9 +96,9 @@ def plot_energies(data: xr.DataTree, prior: xr.DataTree | None = None) -> Figure
         shown = [("posterior", stats[name].values.ravel())]
         if name in before:
             shown.insert(0, ("prior", before[name].values.ravel()))
-        everything = np.concatenate([values[np.isfinite(values)] for _, values in shown])
-        low, high = np.quantile(everything, [0.002, 0.998])
-        bins = np.linspace(low, high, 50)
+        # Of each by itself: the larger of the two would cut off the tails of the other.
+        ranges = [np.quantile(values[np.isfinite(values)], [0.002, 0.998]) for _, values in shown]
+        bins = np.linspace(np.min(ranges), np.max(ranges), 50)
         for label, values in shown:
             axis.hist(values[np.isfinite(values)], bins=bins, density=True, alpha=0.6, label=label)
         axis.set_xlabel(f"energy of '{name.removeprefix(_PREFIX)}' (nats)")

@@ -251,4 +251,4 @@ figure.savefig(OUT / "tau.png", dpi=110)
 
 # %%
 ebm.plot_energies(posterior, prior).savefig(OUT / "energies.png", dpi=110)
-print(f"Wrote {', '.join(sorted(path.name for path in OUT.iterdir()))} to {OUT.name}/")
+print(f"Wrote {', '.join(sorted(path.name for path in OUT.iterdir()))} to {os.path.relpath(OUT)}/")
