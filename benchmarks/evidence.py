@@ -166,7 +166,8 @@ def gauss(dim: int) -> Problem:
 def cox() -> Problem:
     """A log-Gaussian Cox process on 20 x 20 cells, in whitened coordinates; simulated counts.
 
-    The answer is importance sampling's from the Laplace approximation, with its standard error.
+    The answer is that of twelve runs of SMC with 2000 particles and an effective share of .8, with their standard error.
+    Importance sampling from the Laplace approximation, far less precise here, says -188.01 with an error of .17.
     """
     side, variance, scale = 20, 1.91, 1 / 33
     mean = math.log(126) - variance / 2
@@ -180,10 +181,7 @@ def cox() -> Problem:
         x = numpyro.sample("x", dist.Normal(0, 1).expand([side**2]).to_event(1))
         numpyro.sample("y", dist.Poisson(jnp.exp(mean + factor @ x) / side**2).to_event(1), obs=y)
 
-    return Problem(ebm.target(model, factor, y), COX[0], tolerance=COX[1])
-
-
-COX = math.nan, math.nan
+    return Problem(ebm.target(model, factor, y), -188.003, tolerance=0.017)
 
 
 def spike20() -> Problem:
