@@ -166,7 +166,7 @@ def gauss(dim: int) -> Problem:
 def cox() -> Problem:
     """A log-Gaussian Cox process on 20 x 20 cells, in whitened coordinates; simulated counts.
 
-    The answer is that of twelve runs of SMC, 2000 particles with an effective share of .8, and has their standard error.
+    The answer is the mean of twelve runs of SMC (2000 particles, an effective share of .8), with its standard error.
     Importance sampling from the Laplace approximation, far less precise here, says -188.01 with an error of .17.
     """
     side, variance, scale = 20, 1.91, 1 / 33
