@@ -131,15 +131,15 @@ def _of_integrals(key: PRNGKey, target: Target, method: Estimator, num_runs: int
 
     runs = {stage: integrals(stage) for stage in stages}
     means = {stage: _mean(found) for stage, found in runs.items()}
-    total = means["data"] - means["prior"] if len(means) == 2 else next(iter(means.values()))
+    *before, last = means.values()
+    total = means["data"] - means["prior"] if before else last
     parts = {stage: mean.value for stage, mean in means.items()} | {list(means)[-1]: total.value}
     each = list(runs.values())
     return dataclasses.replace(
         total,
         method=method.name,
         parts=parts,
-        replicates=np.array([run.value for run in each[-1]])
-        - sum(np.array([run.value for run in before]) for before in each[:-1]),
+        replicates=last.replicates - sum(mean.replicates for mean in before),
         data_id=fingerprint,
         diagnostics={
             "num_evaluations": sum(run.num_evaluations for found in each for run in found),
@@ -156,13 +156,12 @@ def _of_integrals(key: PRNGKey, target: Target, method: Estimator, num_runs: int
 def _mean(runs: list[Integral]) -> LogZ:
     """Of independent runs, on the scale of Z."""
     values, errors = np.array([run.value for run in runs]), np.array([run.std_error for run in runs])
-    lower, upper = (
-        [run.lower for run in runs if run.lower is not None],
-        [run.upper for run in runs if run.upper is not None],
-    )
+    lower = [run.lower for run in runs if run.lower is not None]
+    upper = [run.upper for run in runs if run.upper is not None]
     return LogZ(
         value=log_mean(values),
         std_error=_std_error(values, errors),
+        replicates=values,
         lower=float(np.mean(lower)) if lower else None,
         upper=float(np.mean(upper)) if upper else None,
         doubts=tuple(dict.fromkeys(doubt for run in runs for doubt in run.doubts)),

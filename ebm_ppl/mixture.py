@@ -29,7 +29,7 @@ from scipy.special import ndtri
 from scipy.stats import chi2
 
 from ebm_ppl import parallel
-from ebm_ppl.scale import DenseScale, covariance_of
+from ebm_ppl.scale import DenseScale
 from ebm_ppl.typing import Array, PRNGKey
 
 DEGREES = (3.0, 5.0, 8.0, 15.0, 40.0, 200.0, 2000.0)
@@ -158,7 +158,7 @@ def fit_mixture(key: PRNGKey, z: Array, weights: Array, start: StudentMixture | 
 
 def _centred(z: Array, weights: Array) -> tuple[Array, DenseScale]:
     """Mean of the cloud, and the scale of its covariance."""
-    return weights @ z, DenseScale.of_covariance(covariance_of(z, weights, 1 / jnp.sum(weights**2)))
+    return weights @ z, DenseScale.of_cloud(z, 1 / jnp.sum(weights**2), weights)
 
 
 def _fit(

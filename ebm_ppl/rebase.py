@@ -1,4 +1,6 @@
-"""The same density over another reference: what a sampler or an estimator starts from is a choice.
+"""The same density by another path or over another reference: what an estimator starts from is a choice.
+
+`Joint` tempers all energies of a target at once. `Rebased` does so from a reference of one's own,
 
     p(z) = pi_0(z) exp(-U(z)) / Z  =  q(z) exp(-U_q(z)) / Z          U_q = log q - log pi_0 + U
 
@@ -36,19 +38,16 @@ class Proposal(Protocol):
         ...
 
 
-class Rebased(eqx.Module):
-    """A target over the reference q; it stands wherever a target of one phase does."""
+class Joint(eqx.Module):
+    """A target whose energies are tempered all at once, whatever phases it has."""
 
     target: Tilted
-    proposal: Proposal
-    defence: Array
-    """Share of the target's own reference in q."""
 
     @property
     def dim(self) -> int:
         return self.target.dim
 
-    def phases(self) -> list[tuple[Phase, Rebased]]:
+    def phases(self) -> list[tuple[Phase, Joint]]:
         """As `Target.phases`: all energies at once."""
         return [("joint", self)]
 
@@ -57,6 +56,20 @@ class Rebased(eqx.Module):
 
     def require_reference(self) -> None:
         self.target.require_reference()
+
+    def sample_reference(self, key: PRNGKey) -> Array:
+        return self.target.sample_reference(key)
+
+    def staged_terms(self, z: Array) -> tuple[Array, Array]:
+        return self.target.staged_terms(z)
+
+
+class Rebased(Joint):
+    """A target over the reference q; it stands wherever a target of one phase does."""
+
+    proposal: Proposal
+    defence: Array
+    """Share of the target's own reference in q."""
 
     def sample_reference(self, key: PRNGKey) -> Array:
         """One draw `z ~ q`, shape (dim,)."""

@@ -7,8 +7,6 @@ step then accepts whatever it is given.)
     L x         `times`     from whitened coordinates to z
     L' g        `pull`      a gradient in z as one in x
     L'^-1 g     `push`      a gradient in x as one in z
-
-`covariance_of` is what a cloud of points says about the covariance, and how far it is believed.
 """
 
 from __future__ import annotations
@@ -48,6 +46,23 @@ class DenseScale(eqx.Module):
         factor = jnp.linalg.cholesky(covariance / jnp.outer(deviation, deviation)) * deviation[:, None]
         return cls(factor, solve_triangular(factor, jnp.eye(len(factor), dtype=factor.dtype), lower=True))
 
+    @classmethod
+    def of_cloud(cls, z: Array, points: Array | int, weights: Array | None = None) -> DenseScale:
+        """The scale of a cloud's covariance, shrunk towards its diagonal by the noise of the estimate.
+
+        Args:
+            z: points, shape (num, dim).
+            points: how many independent ones they are worth.
+            weights: that add up to one, shape (num,); equal ones where None.
+        """
+        num, dim = z.shape
+        weights = jnp.full(num, 1 / num, z.dtype) if weights is None else weights
+        centred = z - weights @ z
+        covariance = (weights[:, None] * centred).T @ centred
+        shrinkage = dim / (dim + points)
+        variances = jnp.maximum(jnp.diag(covariance), jnp.finfo(z.dtype).tiny * 1e3)
+        return cls.of_covariance((1 - shrinkage) * covariance + shrinkage * jnp.diag(variances))
+
     def times(self, x: Array) -> Array:
         return self.factor @ x
 
@@ -76,22 +91,6 @@ class LowRankScale(eqx.Module):
 
     def push(self, gradient: Array) -> Array:
         return self._stretched(gradient, 1.0 / self.stretch) / self.deviation
-
-
-def covariance_of(z: Array, weights: Array, points: Array) -> Array:
-    """Covariance of weighted points, shrunk towards its diagonal by the noise of the estimate, shape (dim, dim).
-
-    Args:
-        z: points, shape (num, dim).
-        weights: that add up to one, shape (num,).
-        points: how many independent ones they are worth.
-    """
-    dim = z.shape[1]
-    centred = z - weights @ z
-    covariance = (weights[:, None] * centred).T @ centred
-    shrinkage = dim / (dim + points)
-    variances = jnp.maximum(jnp.diag(covariance), jnp.finfo(z.dtype).tiny * 1e3)
-    return (1 - shrinkage) * covariance + shrinkage * jnp.diag(variances)
 
 
 Scale = DiagonalScale | DenseScale | LowRankScale

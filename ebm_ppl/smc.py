@@ -44,7 +44,7 @@ from jax.scipy.special import logsumexp
 
 from ebm_ppl import parallel
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, Tuning
-from ebm_ppl.scale import DenseScale, covariance_of
+from ebm_ppl.scale import DenseScale
 from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, check_start, final_values, phase_estimates
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import (
@@ -273,8 +273,7 @@ def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cl
 
     start = cloud.z[ancestors].reshape(2, num // 2, -1)
     # Not by vmap: with a batch of matrices the runs would have to go one at a time (`xla.may_run_beside_itself`).
-    equal = jnp.full(num // 2, 2 / num, start.dtype)
-    halves = [DenseScale.of_covariance(covariance_of(half, equal, ess / 2)) for half in start[::-1]]
+    halves = [DenseScale.of_cloud(half, ess / 2) for half in start[::-1]]
     scales = jax.tree.map(lambda *of_halves: jnp.stack(of_halves), *halves)
     moved = _move(key_move, start, log_density, sampler, cloud.step_size, scales)
     z = moved.states.position.reshape(num, -1)

@@ -58,14 +58,15 @@ from ebm_ppl.logz.integral import (
     FEW,
     LARGEST_K,
     Integral,
-    Joint,
     check_energies,
     effective_share,
     opinion_of,
     pareto_k,
+    relative_error,
     total_energy,
 )
-from ebm_ppl.scale import DenseScale, covariance_of
+from ebm_ppl.rebase import Joint
+from ebm_ppl.scale import DenseScale
 from ebm_ppl.smc import SMC, UNSETTLED
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, DegenerateParticlesError, Draws, EnergyError, PRNGKey, log_mean
@@ -291,11 +292,6 @@ def bennett(forward: np.ndarray, reverse: np.ndarray) -> tuple[float, float]:
     return value, math.hypot(relative_error(expit(forward - value)), relative_error(expit(value - reverse)))
 
 
-def relative_error(x: np.ndarray) -> float:
-    """Standard error of the mean of independent numbers, over that mean."""
-    return float(np.std(x, ddof=1) / np.mean(x) / math.sqrt(len(x)))
-
-
 def _bound(log_weight: np.ndarray) -> tuple[float, float]:
     """Mean and standard error, over the blocks, of the log of a block's mean weight: on average too low."""
     blocks = np.array([log_mean(block) for block in log_weight.reshape(BLOCKS, -1)])
@@ -419,9 +415,7 @@ def refine(betas: np.ndarray, shares: np.ndarray, num_stages: int) -> tuple[np.n
 
 def _tuning(z: Array, step_size: Array, share: Array) -> Tuning:
     """What a stage's cloud says about the moves at its temperature."""
-    num = len(z)
-    covariance = covariance_of(z, jnp.full(num, 1 / num, z.dtype), share.astype(z.dtype) * num)
-    return Tuning(step_size, DenseScale.of_covariance(covariance))
+    return Tuning(step_size, DenseScale.of_cloud(z, share.astype(z.dtype) * len(z)))
 
 
 def _num_steps(keys: Array, tuned: Array, tunings: Tuning, sampler: HMC | MALA | MCLMC, dim: int) -> Array:

@@ -42,9 +42,9 @@ from scipy.special import expit
 
 from ebm_ppl import mcmc, parallel
 from ebm_ppl.kernels import NUTS
-from ebm_ppl.logz.integral import LARGEST_RHAT, Integral, check_energies, disagreement, effective_size
+from ebm_ppl.logz.integral import LARGEST_RHAT, Integral, check_energies, disagreement, effective_size, relative_error
 from ebm_ppl.mixture import DEGREES, StudentMixture, fit_mixture
-from ebm_ppl.scale import DenseScale, covariance_of
+from ebm_ppl.scale import DenseScale
 from ebm_ppl.target import Target, Tilted
 from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, PRNGKey
 
@@ -171,7 +171,7 @@ def bridge(of_posterior: np.ndarray, of_proposal: np.ndarray) -> Bridged:
     value = _solve(of_posterior, of_proposal, share)
     shift = value + math.log1p(-share) - math.log(share)
     f, g = expit(of_proposal - shift), expit(shift - of_posterior)
-    from_proposal = np.var(f, ddof=1) / np.mean(f) ** 2 / num
+    from_proposal = relative_error(f) ** 2
     from_posterior = np.var(g, ddof=1) / np.mean(g) ** 2 / effective_size(g)
     return Bridged(value, math.sqrt(from_proposal + from_posterior), effective)
 
@@ -202,9 +202,7 @@ def _fit(key: PRNGKey, z: np.ndarray, warp: bool) -> StudentMixture:
 
 def _bell(z: Array) -> StudentMixture:
     """A normal distribution with a share of heavy tails, all about one centre."""
-    num = len(z)
-    covariance = covariance_of(z, jnp.full(num, 1 / num, z.dtype), jnp.asarray(num))
-    scale = DenseScale.of_covariance(covariance)
+    scale = DenseScale.of_cloud(z, len(z))
     one = jnp.ones(1, z.dtype)
     normal = StudentMixture(
         0 * one, jnp.mean(z, axis=0)[None], scale.factor[None], scale.inverse[None], DEGREES[-1] * one

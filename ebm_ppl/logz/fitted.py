@@ -47,6 +47,7 @@ from ebm_ppl.logz.integral import (
     effective_share,
     opinion_of,
     pareto_k,
+    relative_error,
     total_energy,
 )
 from ebm_ppl.logz.modes import Modes, find_modes
@@ -172,8 +173,7 @@ class Weighed(NamedTuple):
     @property
     def std_error(self) -> float:
         """Of `value`, from the spread of the blocks."""
-        means = np.mean(self.relative, axis=1)
-        return float(np.std(means, ddof=1) / np.mean(means) / math.sqrt(len(means)))
+        return relative_error(np.mean(self.relative, axis=1))
 
     @property
     def effective_share(self) -> float:

@@ -4,7 +4,7 @@
     (log pi_0(z), U(z))          `total_energy`
     how good weights are         `effective_share`, `pareto_k`
     how good chains are          `effective_size`, `disagreement`
-    what a run of SMC says       `opinion_of`; on one path for all energies, `Joint`
+    what a run of SMC says       `opinion_of`
 
 An estimator sees all energies of a target at once. `ebm_ppl.log_z` asks it for the whole and, where prior energies have
 a log Z of their own, for the prior, and takes the difference.
@@ -17,11 +17,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ebm_ppl.target import Phase, Tilted
+from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, DegenerateParticlesError, Draws, NonFiniteEnergyError, PRNGKey
 
 LARGEST_RHAT = 1.05
@@ -74,31 +73,6 @@ def total_energy(target: Tilted, z: Array) -> tuple[Array, Array]:
     return log_reference, jnp.sum(stages)
 
 
-class Joint(eqx.Module):
-    """A target whose energies are tempered all at once, whatever phases it has."""
-
-    target: Tilted
-
-    @property
-    def dim(self) -> int:
-        return self.target.dim
-
-    def phases(self) -> list[tuple[Phase, Joint]]:
-        return [("joint", self)]
-
-    def require_tractable(self) -> None:
-        self.target.require_tractable()
-
-    def require_reference(self) -> None:
-        self.target.require_reference()
-
-    def sample_reference(self, key: PRNGKey) -> Array:
-        return self.target.sample_reference(key)
-
-    def staged_terms(self, z: Array) -> tuple[Array, Array]:
-        return self.target.staged_terms(z)
-
-
 def check_energies(energies: np.ndarray, where: str) -> int:
     """The number of NaN among energies of draws, which count as +inf: zero mass.
 
@@ -134,6 +108,11 @@ def pareto_k(log_weight: np.ndarray) -> float:
     if np.ptp(np.sort(log_weight)[-tail - 1 :]) < 1e-6:
         return -math.inf
     return float(array_stats.psislw(-log_weight)[1])
+
+
+def relative_error(x: np.ndarray) -> float:
+    """Standard error of the mean of independent numbers, over that mean."""
+    return float(np.std(x, ddof=1) / np.mean(x) / math.sqrt(len(x)))
 
 
 class Opinion(NamedTuple):

@@ -35,7 +35,6 @@ from ebm_ppl.logz.integral import (
     CONTRADICTION,
     LARGEST_RHAT,
     Integral,
-    Joint,
     Opinion,
     check_energies,
     disagreement,
@@ -43,7 +42,8 @@ from ebm_ppl.logz.integral import (
     opinion_of,
     total_energy,
 )
-from ebm_ppl.scale import DenseScale, covariance_of
+from ebm_ppl.rebase import Joint
+from ebm_ppl.scale import DenseScale
 from ebm_ppl.smc import SMC, UNSETTLED, Cloud
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
@@ -308,7 +308,7 @@ def _chains(
     num, dim = rung.z.shape
     key_start, key_steps = jax.random.split(rung.key)
     # The particles that a chain starts from have a share in the scale that moves it; the warm-up forgets that.
-    scale = DenseScale.of_covariance(covariance_of(rung.z, jnp.full(num, 1 / num, rung.z.dtype), jnp.asarray(num)))
+    scale = DenseScale.of_cloud(rung.z, num)
     start = jax.random.choice(key_start, rung.z, (num_chains,), replace=False)
 
     def log_density(z: Array) -> Array:
