@@ -57,7 +57,7 @@ class NUTS:
         target_accept: acceptance statistic that the warm-up aims at.
         max_tree_depth: at most `2**max_tree_depth - 1` leapfrog steps in a trajectory.
         metric: inverse mass matrix: `"diag"`, `"dense"` (its correlations shrunk as far as the chains disagree on
-            them), `"low_rank"`, or `"auto"`: dense in up to 64 dimensions, else diagonal plus low rank.
+            them), `"low_rank"`, or `"auto"`: dense in up to 128 dimensions, else diagonal plus low rank.
 
     References:
         Hoffman and Gelman (2014), The No-U-Turn Sampler; Betancourt (2017), A conceptual introduction to HMC.

@@ -32,7 +32,7 @@ from ebm_ppl.typing import Array
 FAST, SLOW, WINDOW_END, FROZEN = range(4)
 STRETCHES = 30, 40, 20
 """Steps before the first window, after the last one, and of the first window."""
-MOST_DENSE = 64
+MOST_DENSE = 128
 """Dimensions from which the products with a dense metric cost more time than its last correlations save."""
 MAX_RANK = 20
 BUFFER = 512
