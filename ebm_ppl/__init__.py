@@ -8,6 +8,7 @@ from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
 from ebm_ppl.logz.annealing import AIS, BDMC
 from ebm_ppl.logz.bridge import Bridge
+from ebm_ppl.logz.consultation import Consultation
 from ebm_ppl.logz.fitted import FittedReference
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
@@ -38,6 +39,7 @@ __all__ = [
     "NUTS",
     "SMC",
     "Bridge",
+    "Consultation",
     "DegenerateParticlesError",
     "Energy",
     "EnergyDistribution",

@@ -21,7 +21,8 @@ import numpy as np
 
 from ebm_ppl import smc
 from ebm_ppl.arviz import data_id
-from ebm_ppl.logz.integral import Estimator, Integral
+from ebm_ppl.logz.consultation import Consultation
+from ebm_ppl.logz.integral import Estimator, Integral, error_of_mean
 from ebm_ppl.probe import check_tails
 from ebm_ppl.smc import SMC, UNSETTLED
 from ebm_ppl.target import Target
@@ -40,6 +41,8 @@ def log_z(
     target: Target,
     method: SMC | Estimator | None = None,
     *,
+    tol: float | None = None,
+    budget: float | None = None,
     num_runs: int = 1,
     progress_bar: bool = False,
 ) -> LogZ:
@@ -48,8 +51,11 @@ def log_z(
     Args:
         key: from `jax.random.key`.
         target: from `ebm_ppl.target`.
-        method: the estimator: `SMC()` (default), `FittedReference()`, `AIS()`, `BDMC()` (which brackets log Z),
-            `Bridge()`, `MBAR()`, `SteppingStone()`, `ThermodynamicIntegration()` or `NestedSampling()`.
+        method: the estimator. Without one, `Consultation()`: a fitted reference, and a second opinion of another family
+            where the first is not clean. Or one alone: `SMC()`, `FittedReference()`, `AIS()`, `BDMC()` (which brackets
+            log Z), `Bridge()`, `MBAR()`, `SteppingStone()`, `ThermodynamicIntegration()` or `NestedSampling()`.
+        tol: standard error wanted, in nats, of the default (.05 where nothing is said).
+        budget: bound on the evaluations of its second opinion.
         num_runs: independent runs. With one, the error is the run's own; with more, the larger of their spread and
             their own errors.
 
@@ -62,7 +68,10 @@ def log_z(
         IntractablePartitionError: where the evidence lacks an unknown partition function.
     """
     key = as_key(key)
-    method = SMC() if method is None else method
+    if method is None:
+        method = _default(tol, budget)
+    elif (tol, budget) != (None, None):
+        raise EnergyError(f"tol and budget are those of the default method; {method.name} has settings of its own.")
     target.require_tractable()
     target.require_reference()
     target.require_known_constant()
@@ -72,6 +81,11 @@ def log_z(
     found = _of_integrals(key, target, method, num_runs)
     _warn(found)
     return found
+
+
+def _default(tol: float | None, budget: float | None) -> Consultation:
+    default = Consultation()
+    return Consultation(tol=default.tol if tol is None else tol, budget=default.budget if budget is None else budget)
 
 
 def weigh(key: PRNGKey, target: Target, sampler: SMC, num_runs: int, progress_bar: bool) -> Draws:
@@ -106,7 +120,7 @@ def _of_path(draws: Draws, fingerprint: str | None) -> LogZ:
     diagnostics = {name: draws.attrs[name] for name in _DIAGNOSTICS if name in draws.attrs}
     return LogZ(
         value=parts[last],
-        std_error=_std_error(values, errors),
+        std_error=error_of_mean(values, errors),
         method="SMC",
         parts=parts,
         replicates=values,
@@ -160,7 +174,7 @@ def _mean(runs: list[Integral]) -> LogZ:
     upper = [run.upper for run in runs if run.upper is not None]
     return LogZ(
         value=log_mean(values),
-        std_error=_std_error(values, errors),
+        std_error=error_of_mean(values, errors),
         replicates=values,
         lower=float(np.mean(lower)) if lower else None,
         upper=float(np.mean(upper)) if upper else None,
@@ -176,13 +190,6 @@ def _told(runs: Mapping[str, list[Integral]]) -> list[str]:
             where = [stage] * (len(runs) > 1) + [f"run {number}"] * (len(found) > 1)
             lines += [f"{', '.join(where)}: {line}" if where else line for line in run.story]
     return lines
-
-
-def _std_error(values: np.ndarray, errors: np.ndarray) -> float:
-    """Of the mean of independent runs: from their genealogies or from their spread, whichever is larger."""
-    num = len(values)
-    spread = float(np.std(values, ddof=1)) if num > 1 else 0.0
-    return max(math.sqrt(float(np.mean(errors**2))), spread) / math.sqrt(num)
 
 
 def _lagging(attrs: Mapping[str, Any]) -> tuple[str, ...]:
@@ -235,7 +242,7 @@ def _check_prior(draws: Draws, target: Target) -> None:
     runs = draws.log_z or {}
     if not names or not names <= target.spec.normalized or "data_value" in runs:
         return
-    value, error = log_mean(runs["prior_value"]), _std_error(runs["prior_value"], runs["prior_std_error"])
+    value, error = log_mean(runs["prior_value"]), error_of_mean(runs["prior_value"], runs["prior_std_error"])
     if abs(value) > UNLIKELY * error:
         warnings.warn(
             f"log Z of the prior came out as {value:.2f} ± {error:.2f}, but it should be 0, since the log_partition of "

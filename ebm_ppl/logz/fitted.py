@@ -1,23 +1,17 @@
 """log Z from a reference that is fitted to a pilot's particles, by draws that had no part in the fit.
 
-    pilot       a cheap run of SMC: a cloud near the posterior, with a log Z of its own
+    pilot       a cheap run of SMC, or nested sampling: a cloud near the posterior, with a log Z of its own
     modes       where ascents from draws of the reference end (`modes.py`): what the pilot may have missed
     fit         q, a mixture of Student t distributions, a component for each mode that the fit to the cloud does not
                 account for, and a share of the model's reference (`rebase.py`)
     refits      draws of q with weights w = pi_0 exp(-U) / q, pooled with the cloud, for as long as q gets better
-    estimate    fresh draws of the last q:  Z = E_q[w]
-
-The draws are evenly spread, not independent: `BLOCKS` Sobol sequences, each scrambled on its own and carried to q
-(`StudentMixture.from_cube`). Each block gives an unbiased estimate, and the standard error is that of their mean,
-
-    Z = mean_b Z_b        se(log Z) = sd_b(Z_b) / (Z sqrt(BLOCKS))
-
-which is several times smaller than that of independent draws where w is smooth, and no larger elsewhere.
+    estimate    fresh draws of the last q:  Z = E_q[w]  (`importance.py`)
 
 The weights are looked at before they are believed: where their tail is heavier than a mean bears (Pareto k over
-`LARGEST_K`), SMC goes the rest of the way from q to the posterior, on a path that is short now (from the model's own
-reference, where q describes next to nothing). What the pilot says of log Z is a second opinion: one that contradicts
-the estimate is a doubt, unless weights that behave have found more than the pilot saw.
+`LARGEST_K`; over `HAS_VARIANCE` where few draws count), SMC goes the rest of the way from q to the posterior, on a path
+that is short now (from the model's own reference, where q describes next to nothing). What the pilot says of log Z is a
+second opinion: one that contradicts the estimate is a doubt, unless weights that behave have found more than the pilot
+saw.
 
 References:
     Cappe, Douc, Guillin, Marin and Robert (2008), Adaptive importance sampling in general mixture classes; Owen (1997),
@@ -34,37 +28,33 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import qmc
+from blackjax.smc.resampling import systematic
 
-from ebm_ppl import parallel, smc
-from ebm_ppl.logz.integral import (
-    CONTRADICTION,
-    FEW,
-    LARGEST_K,
-    Integral,
-    Opinion,
-    check_energies,
-    effective_share,
-    opinion_of,
-    pareto_k,
-    relative_error,
-    total_energy,
-)
+from ebm_ppl import smc
+from ebm_ppl.logz.importance import BLOCKS, Weighed, draw, draw_own
+from ebm_ppl.logz.integral import CONTRADICTION, FEW, LARGEST_K, Integral, Opinion, opinion_of
 from ebm_ppl.logz.modes import Modes, find_modes
+from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.mixture import DEGREES, MOST_COMPONENTS, TAILS, StudentMixture, fit_mixture
 from ebm_ppl.rebase import Rebased
 from ebm_ppl.smc import SMC, UNSETTLED
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import Array, EnergyError, PRNGKey, log_mean
+from ebm_ppl.typing import EnergyError, PRNGKey
 
-BLOCKS = 16
-"""Scrambled sequences of an estimate: its standard error has one degree of freedom fewer."""
+IMPORTANCE = "importance sampling"
+"""The branch of weights that behave."""
+CLOUD = 2000
+"""Points that are fitted of a pilot of nested sampling."""
 UNACCOUNTED = 1.5
 """Nats by which a mode is higher than the fit says, to become a component of its own."""
 MASS = 0.02, 9.0
 """Least and most mass of such a component, relative to the fit's."""
 BIASED = 0.05
 """Weight of a pilot's particle once it is known to have missed a mode; .5 before."""
+FAIR_SHARE = 0.1
+"""Effective share of the draws below which a heavy tail may not have shown itself."""
+HAS_VARIANCE = 0.5
+"""Of Pareto's k: below it the weights have a finite variance."""
 SMALL_SHARE = 0.01
 """Effective share of the draws below which the path from the fitted reference is not the shorter one."""
 REMEDY = "A larger pilot, or a reparametrised model, helps."
@@ -74,8 +64,8 @@ TAILS_SHARE = 0.1
 """Share of q that has heavy tails."""
 WORTHWHILE = 1.1
 """Factor by which a refit must raise the effective share of the draws for another to follow."""
-SMALLEST = 2.0**-33
-"""Coordinate of a point of the cube, half of its resolution."""
+MOST_RUNS = 16
+"""Of SMC from the fitted reference, for the standard error wanted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +73,17 @@ class FittedReference:
     """log Z by importance sampling, or a short path of SMC, from a reference fitted to a pilot's particles.
 
     Args:
-        tol: standard error wanted, in nats. Without one the estimate gets as many evaluations as the search for its
-            reference took.
+        tol: standard error wanted, in nats. The estimate gets as many evaluations as the search for its reference
+            took, and more where this wants them.
         num_ascents: how often a mode is looked for, by gradient ascent from draws of the reference (a quarter of them
             from particles of the pilot).
         num_draws: draws of a refit, and fewest of the estimate: 2^4 at least, a power of two.
         max_draws: bound on the draws of the estimate.
         max_refits: bound on the fits after the first.
         defence: share of the model's own reference in the fitted one.
-        pilot: the SMC whose particles are fitted.
-        fallback: the SMC from the fitted reference, where importance sampling is not to be trusted.
+        pilot: what is fitted: the particles of `SMC` or the points of `NestedSampling`.
+        fallback: the SMC from the fitted reference, where importance sampling is not to be trusted. After a pilot of
+            nested sampling it is not needed: the pilot's own log Z is the estimate then.
     """
 
     tol: float | None = None
@@ -101,7 +92,9 @@ class FittedReference:
     max_draws: int = 2**20
     max_refits: int = 2
     defence: float = 0.01
-    pilot: SMC = dataclasses.field(default_factory=lambda: SMC(num_particles=2000, target_ess=0.5, num_moves=1))
+    pilot: SMC | NestedSampling = dataclasses.field(
+        default_factory=lambda: SMC(num_particles=2000, target_ess=0.5, num_moves=1)
+    )
     fallback: SMC = dataclasses.field(default_factory=SMC)
     name = "fitted reference"
 
@@ -116,72 +109,86 @@ class FittedReference:
     def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
         """log Z of all energies of a target at once, from one pilot, one fitted reference and one estimate."""
         key_pilot, key_fit, key_final, key_path = jax.random.split(key, 4)
-        pilot = smc.run(key_pilot, target, self.pilot, progress_bar=False)
-        opinion = opinion_of(pilot)
-        story = [f"pilot of {self.pilot.num_particles} particles: log Z {opinion}"]
-        found = _search(key_fit, target, np.asarray(pilot.z[0]), opinion.value, self, story)
+        pilot = _pilot(key_pilot, target, self.pilot)
+        opinion, story = pilot.opinion, [pilot.story]
+        found = _search(key_fit, target, pilot.cloud, opinion.value, self, story)
         search = opinion.num_evaluations + found.num_evaluations
-        final = _draw(key_final, found.reference, _enough(found.seen, search, self))
+        final = draw(key_final, found.reference, _enough(found.seen, search, self))
         story.append(
             f"{final.num} fresh draws, {final.effective_share:.0%} effective, Pareto k {final.pareto_k:.2f}: "
             f"log Z {final.value:.3f} ± {final.std_error:.3f}"
         )
-        by_path = not final.pareto_k <= LARGEST_K
-        estimate = Opinion(final.value, final.std_error, 0.0, 0.0, 0)
-        if by_path:
-            near = final.effective_share >= SMALL_SHARE
-            start = found.reference if near else target
-            estimate = opinion_of(smc.run(key_path, start, self.fallback, progress_bar=False))
-            story.append(f"heavy tails, so SMC from the {'fitted' if near else 'own'} reference: log Z {estimate}")
+        estimate, branch, more = self._estimate(key_path, target, pilot, found.reference, final)
+        if branch != IMPORTANCE:
+            story.append(f"heavy tails, so {branch}: log Z {estimate}")
         return Integral(
             value=estimate.value,
             std_error=estimate.std_error,
-            num_evaluations=search + final.num + estimate.num_evaluations,
-            num_nan=opinion.num_nan + found.num_nan + final.num_nan + estimate.num_nan,
+            num_evaluations=search + final.num + more,
+            num_nan=opinion.num_nan + found.num_nan + final.num_nan + estimate.num_nan * (more > 0),
             story=tuple(story),
-            doubts=tuple(_doubts(estimate, by_path, opinion, final)),
+            doubts=tuple(_doubts(estimate, branch, pilot, final)),
             diagnostics={
-                "branch": "SMC" if by_path else "importance sampling",
+                "branch": branch,
                 "pareto_k": final.pareto_k,
                 "effective_share": final.effective_share,
                 "pilot": opinion.value,
             },
         )
 
+    def _estimate(
+        self, key: PRNGKey, target: Tilted, pilot: Pilot, reference: Rebased, final: Weighed
+    ) -> tuple[Opinion, str, float]:
+        """The answer, the branch that it comes from, and the evaluations that it took beyond the draws."""
+        if _can_be_trusted(final):
+            return Opinion(final.value, final.std_error, 0.0, 0.0, 0), IMPORTANCE, 0.0
+        if isinstance(self.pilot, NestedSampling):
+            return pilot.opinion, "the pilot", 0.0
+        near = final.effective_share >= SMALL_SHARE
+        found = _by_path(key, reference if near else target, self)
+        return found, f"SMC from the {'fitted' if near else 'own'} reference", found.num_evaluations
 
-class Weighed(NamedTuple):
-    """Evenly spread draws of a reference with their log weights, in blocks; shapes (block, draw, ...)."""
 
-    z: np.ndarray
-    log_weight: np.ndarray
-    num_nan: int
+def _can_be_trusted(final: Weighed) -> bool:
+    """Whether the mean of the weights has settled; where few of the draws count, whether they have a variance too."""
+    return final.pareto_k <= (LARGEST_K if final.effective_share >= FAIR_SHARE else HAS_VARIANCE)
 
-    @property
-    def num(self) -> int:
-        return self.log_weight.size
 
-    @property
-    def relative(self) -> np.ndarray:
-        """The weights over the largest."""
-        return np.exp(self.log_weight - np.max(self.log_weight))
+class Pilot(NamedTuple):
+    """What the fit starts from."""
 
-    @property
-    def value(self) -> float:
-        """log of the mean weight."""
-        return log_mean(np.ravel(self.log_weight))
+    cloud: np.ndarray
+    """Equally weighted points, (point, dim)."""
+    opinion: Opinion
+    doubts: tuple[str, ...]
+    story: str
 
-    @property
-    def std_error(self) -> float:
-        """Of `value`, from the spread of the blocks."""
-        return relative_error(np.mean(self.relative, axis=1))
 
-    @property
-    def effective_share(self) -> float:
-        return effective_share(self.log_weight)
+def _pilot(key: PRNGKey, target: Tilted, method: SMC | NestedSampling) -> Pilot:
+    """A cloud near the posterior, with a log Z of its own."""
+    if isinstance(method, SMC):
+        draws = smc.run(key, target, method, progress_bar=False)
+        opinion = opinion_of(draws)
+        return Pilot(np.asarray(draws.z[0]), opinion, (), f"pilot of {method.num_particles} particles: log Z {opinion}")
+    key_run, key_cloud = jax.random.split(key)
+    found, z, log_weight = method.explore(key_run, target)
+    opinion = Opinion(found.value, found.std_error, 0.0, found.num_evaluations, found.num_nan)
+    weights = jnp.asarray(np.exp(log_weight - np.logaddexp.reduce(log_weight)))
+    cloud = z[np.asarray(systematic(key_cloud, weights, CLOUD))]
+    return Pilot(cloud.astype(weights.dtype), opinion, found.doubts, f"pilot: {found.story[-1]}")
 
-    @property
-    def pareto_k(self) -> float:
-        return pareto_k(self.log_weight)
+
+def _by_path(key: PRNGKey, target: Tilted, method: FittedReference) -> Opinion:
+    """SMC, and as many more runs as the error wanted asks for."""
+    once = opinion_of(smc.run(key, target, method.fallback, progress_bar=False))
+    wanted = 1.0 if method.tol is None else (once.std_error / method.tol) ** 2
+    more = min(math.ceil(wanted), MOST_RUNS)
+    if more == 1 or once.drift > UNSETTLED:
+        return once
+    runs = opinion_of(smc.run(jax.random.fold_in(key, 1), target, method.fallback, num_runs=more, progress_bar=False))
+    return runs._replace(
+        num_evaluations=runs.num_evaluations + once.num_evaluations, num_nan=runs.num_nan + once.num_nan
+    )
 
 
 class Search(NamedTuple):
@@ -211,7 +218,7 @@ def _search(
             mixture = _with_modes(mixture, jax.tree.map(lambda x: x[missed], modes), log_z)
             weights[: len(cloud)] = BIASED
         reference = Rebased(target, mixture.with_tails(TAILS_SHARE), jnp.asarray(method.defence, cloud.dtype))
-        seen = _draw(key_draw, reference, method.num_draws)
+        seen = draw(key_draw, reference, method.num_draws)
         evaluations, num_nan = evaluations + seen.num, num_nan + seen.num_nan
         share, before = seen.effective_share, best.seen.effective_share if best else 0.0
         story.append(f"fit {fit + 1}: {len(mixture.log_weight)} components, {share:.0%} of the draws are effective")
@@ -228,8 +235,7 @@ def _search(
 def _modes(key: PRNGKey, target: Tilted, cloud: np.ndarray, num: int) -> tuple[Modes, int]:
     """Modes by ascents from draws of the reference, and a few from the cloud."""
     few = num // 4
-    own = parallel.over(_own, parallel.split(jax.random.split(key, num - few)), target, hurry=True)
-    starts = np.concatenate([*jax.device_get(own), cloud[:few]])
+    starts = np.concatenate([draw_own(key, target, num - few), cloud[:few]])
     return find_modes(target, starts, np.std(starts, axis=0))
 
 
@@ -260,50 +266,9 @@ def _with_modes(mixture: StudentMixture, modes: Modes, log_z: float) -> StudentM
 
 def _enough(seen: Weighed, spent: float, method: FittedReference) -> int:
     """Draws of the estimate, a power of two, if they are as good as those seen."""
-    wanted = spent if method.tol is None else seen.num * (seen.std_error / method.tol) ** 2
-    wanted = min(max(wanted, method.num_draws), method.max_draws)
+    wanted = 0.0 if method.tol is None else seen.num * (seen.std_error / method.tol) ** 2
+    wanted = min(max(spent, wanted, method.num_draws), method.max_draws)
     return 2 ** math.ceil(math.log2(wanted))
-
-
-def _draw(key: PRNGKey, reference: Rebased, num: int) -> Weighed:
-    """`num` draws of a reference in blocks, with their log weights -U_q; those with a NaN energy weigh nothing."""
-    key_cube, key_own = jax.random.split(key)
-    per_block = num // BLOCKS
-    few = math.ceil(float(reference.defence) * per_block) + 1
-    own = parallel.over(_own, parallel.split(jax.random.split(key_own, BLOCKS * few)), reference.target, hurry=True)
-    owns = np.split(np.concatenate(jax.device_get(own)), BLOCKS)
-    seeds = np.asarray(jax.random.bits(key_cube, (BLOCKS,)))
-    z = np.concatenate([_even(int(seed), reference, per_block, own) for seed, own in zip(seeds, owns, strict=True)])
-    parts = parallel.over(_energy, parallel.split(jnp.asarray(z)), reference)
-    energy = np.concatenate(jax.device_get(parts))
-    nan = check_energies(energy, "draws of the fitted reference")
-    shape = BLOCKS, per_block
-    return Weighed(z.reshape(*shape, -1), np.where(np.isnan(energy), -np.inf, -energy).reshape(shape), nan)
-
-
-def _even(seed: int, reference: Rebased, num: int, own: np.ndarray) -> np.ndarray:
-    """`num` draws of q from one scrambled sequence, whose first coordinate also says which of them are to be its own.
-
-    Args:
-        own: draws of the target's own reference, as many as its share of q can ask for.
-    """
-    cube = np.clip(
-        qmc.Sobol(reference.dim + 2, bits=32, rng=np.random.default_rng(seed)).random(num), SMALLEST, 1 - SMALLEST
-    )
-    defence = float(reference.defence)
-    is_own = cube[:, 0] < defence
-    cube[:, 0] = np.maximum(cube[:, 0] - defence, 0.0) / (1 - defence)
-    z = reference.proposal.from_cube(cube)
-    z[is_own] = own[: np.sum(is_own)]
-    return z
-
-
-def _own(key: PRNGKey, target: Tilted) -> Array:
-    return target.sample_reference(key)
-
-
-def _energy(z: Array, reference: Rebased) -> Array:
-    return total_energy(reference, z)[1]
 
 
 def _truncated(seen: Weighed) -> np.ndarray:
@@ -313,10 +278,12 @@ def _truncated(seen: Weighed) -> np.ndarray:
     return weights / np.sum(weights) * seen.effective_share * len(weights)
 
 
-def _doubts(estimate: Opinion, by_path: bool, pilot: Opinion, final: Weighed) -> list[str]:
+def _doubts(estimate: Opinion, branch: str, pilot: Pilot, final: Weighed) -> list[str]:
     """What speaks against the estimate: the other opinions, and the diagnostics of its own branch."""
-    doubts = []
-    others = {"the pilot": (pilot.value, pilot.std_error), "the fitted reference": (final.value, final.std_error)}
+    by_path = branch != IMPORTANCE
+    doubts = list(pilot.doubts) if by_path else []
+    opinion = pilot.opinion
+    others = {"the pilot": (opinion.value, opinion.std_error), "the fitted reference": (final.value, final.std_error)}
     for name, (value, std_error) in others.items():
         gap = (value - estimate.value) / max(math.hypot(std_error, estimate.std_error), 1e-30)
         # Weights that behave cannot make up mass, and others miss some: that they differ so is no contradiction.
@@ -325,7 +292,7 @@ def _doubts(estimate: Opinion, by_path: bool, pilot: Opinion, final: Weighed) ->
                 f"The log Z of {name} ({value:.2f} ± {std_error:.2f}) contradicts the estimate ({estimate.value:.2f} ± "
                 f"{estimate.std_error:.2f}): one of them is wrong, and the error bar does not say by how much. {REMEDY}"
             )
-    if by_path and max(pilot.drift, estimate.drift) > UNSETTLED:
+    if by_path and max(opinion.drift, estimate.drift) > UNSETTLED:
         doubts.append(
             "The weights of the fitted reference have heavy tails, and the particles of SMC lag behind their targets: "
             f"log Z may be off by far more than the stated error. {REMEDY}"

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import Array, DegenerateParticlesError, Draws, NonFiniteEnergyError, PRNGKey
+from ebm_ppl.typing import Array, DegenerateParticlesError, Draws, NonFiniteEnergyError, PRNGKey, log_mean
 
 LARGEST_RHAT = 1.05
 """Of R-hat: beyond it chains have not seen the same density."""
@@ -115,8 +115,15 @@ def relative_error(x: np.ndarray) -> float:
     return float(np.std(x, ddof=1) / np.mean(x) / math.sqrt(len(x)))
 
 
+def error_of_mean(values: np.ndarray, errors: np.ndarray) -> float:
+    """Standard error of a mean of independent runs: from their own errors or from their spread, whichever is larger."""
+    num = len(values)
+    spread = float(np.std(values, ddof=1)) if num > 1 else 0.0
+    return max(math.sqrt(float(np.mean(errors**2))), spread) / math.sqrt(num)
+
+
 class Opinion(NamedTuple):
-    """What a run of SMC says of log Z of all energies."""
+    """What runs of SMC say of log Z of all energies."""
 
     value: float
     std_error: float
@@ -131,13 +138,13 @@ class Opinion(NamedTuple):
 
 
 def opinion_of(draws: Draws) -> Opinion:
-    """The log Z of a run of SMC, its phases added up."""
+    """The log Z of runs of SMC, its phases added up."""
     runs, attrs = draws.log_z or {}, draws.attrs
-    values = [float(runs[name][0]) for name in ("prior_value", "data_value") if name in runs]
-    errors = [float(runs[name][0]) for name in ("prior_std_error", "data_std_error") if name in runs]
+    values = np.sum([runs[name] for name in ("prior_value", "data_value") if name in runs], axis=0)
+    squares = np.sum([runs[name] ** 2 for name in ("prior_std_error", "data_std_error") if name in runs], axis=0)
     return Opinion(
-        sum(values),
-        math.hypot(*errors),
+        log_mean(values),
+        error_of_mean(values, np.sqrt(squares)),
         float(attrs["largest_drift"]),
         float(attrs["num_evaluations"]),
         int(attrs["num_nan_energy"]),

@@ -107,6 +107,10 @@ class NestedSampling:
             EnergyError: for fewer live points than their covariance needs, and for a run that is not over after
                 `max_steps`.
         """
+        return self.explore(key, target)[0]
+
+    def explore(self, key: PRNGKey, target: Tilted) -> tuple[Integral, np.ndarray, np.ndarray]:
+        """As `integrate`, with all points, shape (point, dim), and their log weights, which are posterior draws."""
         if self.num_live <= 2 * target.dim:
             raise EnergyError(
                 f"num_live must be over twice the number of coordinates, {target.dim}; got {self.num_live}."
@@ -122,7 +126,7 @@ class NestedSampling:
             f"{self.num_delete} deaths to the last {self.remaining:g} nats: information {information:.2f} nats, memory "
             f"{run.memory:.2f}, p of the insertion ranks {run.p_value:.2g}, log Z {value:.3f} ± {std_error:.3f}"
         )
-        return Integral(
+        found = Integral(
             value=value,
             std_error=std_error,
             num_evaluations=drawn.num + sum(float(step.num_evaluations) for step in run.steps),
@@ -137,6 +141,7 @@ class NestedSampling:
                 "fewest_survivors": run.fewest_survivors,
             },
         )
+        return found, run.z, run.log_weight
 
 
 class Drawn(NamedTuple):
@@ -182,8 +187,10 @@ def _reference(key: PRNGKey, target: Tilted) -> tuple[Array, Array]:
 class Step(NamedTuple):
     """What a step says of itself."""
 
+    z: Array
+    """Those that died, (num_delete, dim)."""
     death: Array
-    """-U of those that died, (num_delete,)."""
+    """Their -U, (num_delete,)."""
     contour: Array
     """-U that those born had to exceed."""
     start: Array
@@ -229,24 +236,34 @@ def _step(member: tuple[PRNGKey, AdaptiveNSState], target: Tilted, num_slices: i
     death = info.particles.loglikelihood
     # Both ends of a slice are looked at before it expands.
     num_evaluations = jnp.sum(2.0 + slices.num_expansions + slices.num_shrink)
-    return state, Step(death, jnp.max(death), before[:, 0], after[:, -1], num_evaluations)
+    return state, Step(info.particles.position, death, jnp.max(death), before[:, 0], after[:, -1], num_evaluations)
 
 
 class Run(NamedTuple):
     """The record of a run: all deaths, and how those born compare with those that were there."""
 
     drawn: Drawn
+    live_z: np.ndarray
     live: np.ndarray
-    """-U of the live points at the end, sorted."""
+    """Live points at the end, and their -U, sorted by it."""
     steps: list[Step]
     ranks: np.ndarray
     """Among the live: of those born, uniform on (0, 1) for fresh draws, and of where they started from, (births, 2)."""
     fewest_survivors: float
 
     @property
+    def _order(self) -> np.ndarray:
+        return np.argsort(np.concatenate([*(step.death for step in self.steps), self.live]), kind="stable")
+
+    @property
     def deaths(self) -> np.ndarray:
         """-U of all points in the order of their deaths, to which the live ones of the end are added."""
-        return np.sort(np.concatenate([*(step.death for step in self.steps), self.live]))
+        return np.concatenate([*(step.death for step in self.steps), self.live])[self._order]
+
+    @property
+    def z(self) -> np.ndarray:
+        """The points in the same order, (point, dim)."""
+        return np.concatenate([*(step.z for step in self.steps), self.live_z])[self._order]
 
     @property
     def num_live(self) -> np.ndarray:
@@ -254,12 +271,17 @@ class Run(NamedTuple):
         births = np.repeat([step.contour for step in self.steps], [len(step.death) for step in self.steps])
         return len(self.live) + np.searchsorted(births, self.deaths) - np.arange(len(self.deaths))
 
-    def integral(self) -> tuple[float, float]:
-        """log Z, from volumes that make Z unbiased, and the information of the posterior over the reference."""
+    @property
+    def log_weight(self) -> np.ndarray:
+        """Of the points: the log of their shell's share of the reference, less their energy."""
         log_shell = -np.log(self.num_live) + np.append(0.0, np.cumsum(np.log1p(-1.0 / self.num_live[:-1])))
         num, zero = self.drawn.num, self.drawn.num_zero
         log_shell += math.log((num - zero - 1) / (num - 1)) if zero else 0.0
-        log_weight = log_shell + self.deaths
+        return log_shell + self.deaths
+
+    def integral(self) -> tuple[float, float]:
+        """log Z, from volumes that make Z unbiased, and the information of the posterior over the reference."""
+        log_weight = self.log_weight
         value = float(np.logaddexp.reduce(log_weight))
         return value, float(np.exp(log_weight - value) @ self.deaths) - value
 
@@ -292,7 +314,9 @@ def _peel(key: PRNGKey, target: Tilted, method: NestedSampling, drawn: Drawn, rn
     state = parallel.over(_start, [drawn.z[None]], target, hurry=True)[0]
     steps, ranks, fewest = [], [np.empty((0, 2))], math.inf
     while True:
-        live = np.sort(np.asarray(state.particles.loglikelihood[0], float))
+        live = np.asarray(state.particles.loglikelihood[0], float)
+        order = np.argsort(live, kind="stable")
+        live, live_z = live[order], np.asarray(state.particles.position[0])[order]
         if live[-1] == np.inf:
             raise NonFiniteEnergyError(
                 f"An energy is -inf (infinite density) after {len(steps)} steps: bound the energy from below."
@@ -301,7 +325,7 @@ def _peel(key: PRNGKey, target: Tilted, method: NestedSampling, drawn: Drawn, rn
         left = float(np.logaddexp(0.0, rest - dead))
         survivors = live[live > live[method.num_delete - 1]]
         if not len(survivors) or left <= method.remaining:
-            return Run(drawn, live, steps, np.concatenate(ranks), fewest)
+            return Run(drawn, live_z, live, steps, np.concatenate(ranks), fewest)
         if len(steps) >= method.max_steps:
             raise EnergyError(
                 f"Nested sampling has not ended after max_steps = {method.max_steps} steps: the live points still hold "

@@ -1,0 +1,152 @@
+"""log Z as an expert would find it: one opinion, and a second of another family where the first is not clean.
+
+    first       a fitted reference, whose pilot run of SMC must agree with it (`fitted.py`)
+    clean       by weights that behave, no doubts, and a standard error of at most `tol`: that is the answer
+    second      in up to `MOST_COORDINATES` dimensions nested sampling, which needs no path of temperatures and no
+                gradients, and a reference fitted to its points; beyond, a large run of SMC from the model's own
+                reference. Where the error is above `tol` it runs again, as much larger as that wants, if the budget
+                allows
+    answer      the second opinion where that is clean and the first lies below it or agrees (an estimate can miss mass,
+                but weights cannot make it up); in doubt otherwise, with an error bar that reaches from one to the other
+
+References:
+    Skilling (2006), Nested sampling for general Bayesian computation; Del Moral, Doucet and Jasra (2006), Sequential
+    Monte Carlo samplers; Hesterberg (1995), Weighted average importance sampling and defensive mixture distributions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+
+from ebm_ppl.logz.fitted import IMPORTANCE, FittedReference
+from ebm_ppl.logz.integral import CONTRADICTION, Integral, opinion_of
+from ebm_ppl.logz.nested import NestedSampling
+from ebm_ppl.rebase import Joint
+from ebm_ppl.smc import SMC, UNSETTLED, run
+from ebm_ppl.target import Tilted
+from ebm_ppl.typing import EnergyError, PRNGKey
+
+MOST_COORDINATES = 40
+"""Of a target for nested sampling, each of whose births costs some slices along every coordinate."""
+MARGIN = 1.2
+"""Room for the error of an error."""
+MOST_LARGER = 64.0
+"""Factor by which a second opinion may grow at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Consultation:
+    """log Z by a fitted reference and, where that is not clean, by another family too: the default of `ebm.log_z`.
+
+    Args:
+        tol: standard error wanted, in nats.
+        budget: bound on the evaluations of the second opinion and its repetition, as far as they can be foreseen; the
+            first opinion is always heard.
+        first: settings of the fitted reference, whose `tol` is this one's.
+        nested: the pilot of the second opinion in few dimensions.
+        tempered: the second opinion in many.
+    """
+
+    tol: float = 0.05
+    budget: float = 1e8
+    first: FittedReference = dataclasses.field(default_factory=FittedReference)
+    nested: NestedSampling = dataclasses.field(default_factory=NestedSampling)
+    tempered: SMC = dataclasses.field(default_factory=lambda: SMC(num_particles=2000, target_ess=0.8))
+    name = "consultation"
+
+    def __post_init__(self):
+        if not self.tol > 0:
+            raise EnergyError(f"tol is a positive standard error in nats; got {self.tol}.")
+        if not self.budget > 0:
+            raise EnergyError(f"budget is a positive number of evaluations; got {self.budget}.")
+
+    def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
+        """log Z of all energies of a target at once, with the story of how it was reached."""
+        key_first, key_second = jax.random.split(key)
+        first = _doubted(dataclasses.replace(self.first, tol=self.tol).integrate(key_first, target))
+        if not first.doubts and first.std_error <= self.tol:
+            return dataclasses.replace(first, story=(*first.story, "clean: no second opinion is needed"))
+        story = (*first.story, *(f"not clean: {doubt}" for doubt in first.doubts))
+        try:
+            second = self._second(key_second, target, self.budget - first.num_evaluations)
+        except EnergyError as error:
+            doubt = f"There is no second opinion to settle the doubts about the first: {error}"
+            return dataclasses.replace(first, story=story, doubts=(*first.doubts, doubt))
+        answer, why = _answer(first, second)
+        if not answer.doubts and answer.std_error > self.tol:
+            doubt = f"The standard error is {answer.std_error:.3f}, where {self.tol:g} was wanted: raise budget."
+            answer = dataclasses.replace(answer, doubts=(doubt,))
+        return dataclasses.replace(
+            answer,
+            num_evaluations=first.num_evaluations + second.num_evaluations,
+            num_nan=first.num_nan + second.num_nan,
+            story=(*story, *second.story, why),
+            diagnostics={"first": first.value, "second": second.value, **first.diagnostics, **second.diagnostics},
+        )
+
+    def _second(self, key: PRNGKey, target: Tilted, budget: float) -> Integral:
+        """The opinion of another family; once more, as much larger as its error wants, where the budget allows."""
+        ask = self._by_nested if target.dim <= MOST_COORDINATES else self._by_tempering
+        key, key_again = jax.random.split(key)
+        second = ask(key, target, 1.0)
+        larger = min((second.std_error / self.tol) ** 2 * MARGIN, MOST_LARGER)
+        if second.doubts or second.std_error <= self.tol or not second.num_evaluations * (1 + larger) <= budget:
+            return second
+        again = ask(key_again, target, larger)
+        return dataclasses.replace(
+            again,
+            num_evaluations=second.num_evaluations + again.num_evaluations,
+            num_nan=second.num_nan + again.num_nan,
+            story=(*second.story, f"{larger:.1f} times larger for the error wanted", *again.story),
+        )
+
+    def _by_nested(self, key: PRNGKey, target: Tilted, larger: float) -> Integral:
+        live, delete = (math.ceil(num * larger) for num in (self.nested.num_live, self.nested.num_delete))
+        pilot = dataclasses.replace(self.nested, num_live=live, num_delete=delete)
+        return dataclasses.replace(self.first, tol=self.tol, pilot=pilot).integrate(key, target)
+
+    def _by_tempering(self, key: PRNGKey, target: Tilted, larger: float) -> Integral:
+        num = 2 * math.ceil(self.tempered.num_particles * larger / 2)
+        found = opinion_of(
+            run(key, Joint(target), dataclasses.replace(self.tempered, num_particles=num), progress_bar=False)
+        )
+        lags = f"The particles of SMC lag behind their targets (drift {found.drift:.1f})."
+        return Integral(
+            value=found.value,
+            std_error=found.std_error,
+            num_evaluations=found.num_evaluations,
+            num_nan=found.num_nan,
+            story=(f"SMC of {num} particles from the own reference: log Z {found}",),
+            doubts=(lags,) if found.drift > UNSETTLED else (),
+        )
+
+
+def _doubted(first: Integral) -> Integral:
+    """A fitted reference that does not fit leaves the answer to SMC, whose error bar cannot know what it never met."""
+    if first.diagnostics.get("branch") == IMPORTANCE:
+        return first
+    doubt = "The fitted reference does not fit: the weights of its draws have heavy tails."
+    return dataclasses.replace(first, doubts=(doubt, *first.doubts))
+
+
+def _answer(first: Integral, second: Integral) -> tuple[Integral, str]:
+    """What two opinions, of which the first is not clean, come to."""
+    gap = second.value - first.value
+    noise = math.hypot(first.std_error, second.std_error)
+    compared = f"{first.value:.3f} ± {first.std_error:.3f} and {second.value:.3f} ± {second.std_error:.3f}"
+    if not (first.doubts or second.doubts) and abs(gap) <= CONTRADICTION * noise:
+        return min(first, second, key=lambda opinion: opinion.std_error), f"{compared}: both are clean, and agree"
+    if first.doubts and not second.doubts and gap > -CONTRADICTION * noise:
+        return second, f"{compared}: the second is clean, and what the first may have missed is in it"
+    doubt = (
+        f"Two estimates of log Z are {compared}, and not both are to be trusted: the error bar reaches from one to the "
+        "other, and the truth may lie beyond. A reparametrised model helps."
+    )
+    upper = max(first, second, key=lambda opinion: opinion.value)
+    widened = dataclasses.replace(
+        upper, std_error=math.hypot(upper.std_error, gap), doubts=(doubt, *first.doubts, *second.doubts)
+    )
+    return widened, f"{compared}: no answer to rely upon"

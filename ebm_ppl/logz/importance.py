@@ -1,0 +1,120 @@
+"""Importance sampling by evenly spread draws of a reference of one's own: a set of weights, and what they say.
+
+    w = pi_0 exp(-U) / q        log w: minus the energy U_q of a `Rebased` target
+    Z = E_q[w]                  `Weighed.value`
+
+The draws are evenly spread, not independent: `BLOCKS` Sobol sequences, each scrambled on its own and carried to q
+(`StudentMixture.from_cube`). Each block gives an unbiased estimate, and the standard error is that of their mean,
+
+    Z = mean_b Z_b        se(log Z) = sd_b(Z_b) / (Z sqrt(BLOCKS))
+
+which is several times smaller than that of independent draws where w is smooth, and no larger elsewhere.
+
+References:
+    Owen (1997), Scrambled net variance for integrals of smooth functions; Hesterberg (1995), Weighted average
+    importance sampling and defensive mixture distributions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.stats import qmc
+
+from ebm_ppl import parallel
+from ebm_ppl.logz.integral import check_energies, effective_share, pareto_k, relative_error, total_energy
+from ebm_ppl.rebase import Rebased
+from ebm_ppl.target import Tilted
+from ebm_ppl.typing import Array, PRNGKey, log_mean
+
+BLOCKS = 16
+"""Scrambled sequences of an estimate: its standard error has one degree of freedom fewer."""
+SMALLEST = 2.0**-33
+"""Coordinate of a point of the cube, half of its resolution."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighed:
+    """Evenly spread draws of a reference with their log weights, in blocks; shapes (block, draw, ...)."""
+
+    z: np.ndarray
+    log_weight: np.ndarray
+    num_nan: int
+
+    @property
+    def num(self) -> int:
+        return self.log_weight.size
+
+    @functools.cached_property
+    def relative(self) -> np.ndarray:
+        """The weights over the largest."""
+        return np.exp(self.log_weight - np.max(self.log_weight))
+
+    @functools.cached_property
+    def value(self) -> float:
+        """log of the mean weight."""
+        return log_mean(np.ravel(self.log_weight))
+
+    @functools.cached_property
+    def std_error(self) -> float:
+        """Of `value`, from the spread of the blocks."""
+        return relative_error(np.mean(self.relative, axis=1))
+
+    @functools.cached_property
+    def effective_share(self) -> float:
+        return effective_share(self.log_weight)
+
+    @functools.cached_property
+    def pareto_k(self) -> float:
+        return pareto_k(self.log_weight)
+
+
+def draw(key: PRNGKey, reference: Rebased, num: int) -> Weighed:
+    """`num` draws of a reference in blocks, with their log weights -U_q; those with a NaN energy weigh nothing."""
+    key_cube, key_own = jax.random.split(key)
+    per_block = num // BLOCKS
+    few = math.ceil(float(reference.defence) * per_block) + 1
+    owns = np.split(draw_own(key_own, reference.target, BLOCKS * few), BLOCKS)
+    seeds = np.asarray(jax.random.bits(key_cube, (BLOCKS,)))
+    z = np.concatenate([_even(int(seed), reference, per_block, own) for seed, own in zip(seeds, owns, strict=True)])
+    parts = parallel.over(_energy, parallel.split(jnp.asarray(z)), reference)
+    energy = np.concatenate(jax.device_get(parts))
+    nan = check_energies(energy, "draws of the fitted reference")
+    shape = BLOCKS, per_block
+    return Weighed(z.reshape(*shape, -1), np.where(np.isnan(energy), -np.inf, -energy).reshape(shape), nan)
+
+
+def _even(seed: int, reference: Rebased, num: int, own: np.ndarray) -> np.ndarray:
+    """`num` draws of q from one scrambled sequence, whose first coordinate also says which of them are to be its own.
+
+    Args:
+        own: draws of the target's own reference, as many as its share of q can ask for.
+    """
+    cube = np.clip(
+        qmc.Sobol(reference.dim + 2, bits=32, rng=np.random.default_rng(seed)).random(num), SMALLEST, 1 - SMALLEST
+    )
+    defence = float(reference.defence)
+    is_own = cube[:, 0] < defence
+    cube[:, 0] = np.maximum(cube[:, 0] - defence, 0.0) / (1 - defence)
+    z = reference.proposal.from_cube(cube)
+    z[is_own] = own[: np.sum(is_own)]
+    return z
+
+
+def draw_own(key: PRNGKey, target: Tilted, num: int) -> np.ndarray:
+    """Independent draws of a target's own reference, shape (num, dim)."""
+    parts = parallel.over(_own, parallel.split(jax.random.split(key, num)), target, hurry=True)
+    return np.concatenate(jax.device_get(parts))
+
+
+def _own(key: PRNGKey, target: Tilted) -> Array:
+    return target.sample_reference(key)
+
+
+def _energy(z: Array, reference: Rebased) -> Array:
+    return total_energy(reference, z)[1]

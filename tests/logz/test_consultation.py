@@ -1,0 +1,129 @@
+"""The default of `log_z`: one opinion where it is clean, else two families, and no small error bar over a gap."""
+
+import jax
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from problems import FUNNEL_IN_A_BOX, PROBLEMS, funnel_in_a_box
+
+import ebm_ppl as ebm
+from ebm_ppl.logz import consultation
+from ebm_ppl.logz.consultation import MOST_COORDINATES
+from ebm_ppl.logz.fitted import IMPORTANCE
+from ebm_ppl.logz.integral import Integral
+
+SMALL = ebm.SMC(num_particles=300, target_ess=0.5, num_moves=2)
+FIRST = ebm.FittedReference(pilot=SMALL, fallback=SMALL, num_draws=1024, max_draws=4096)
+NESTED = ebm.NestedSampling(num_live=60, num_delete=12)
+
+
+def opinion(value, std_error, *doubts):
+    by_weights = {"branch": IMPORTANCE}
+    said = (f"said {value}",)
+    return Integral(value, std_error, num_evaluations=100, story=said, doubts=doubts, diagnostics=by_weights)
+
+
+def consult(monkeypatch, first, second, **settings):
+    """What comes of two given opinions."""
+    monkeypatch.setattr(ebm.FittedReference, "integrate", lambda self, key, target: first)
+    monkeypatch.setattr(ebm.Consultation, "_by_nested", lambda self, key, target, larger: second)
+    return ebm.Consultation(**settings).integrate(jax.random.key(0), PROBLEMS["regression"].target())
+
+
+def test_a_clean_first_opinion_is_the_answer(monkeypatch):
+    found = consult(monkeypatch, opinion(-3.0, 0.01), None)
+    assert (found.value, found.std_error, found.num_evaluations, found.doubts) == (-3.0, 0.01, 100, ())
+    assert found.story[-1].startswith("clean")
+
+
+def test_mass_that_the_first_missed_is_in_the_second(monkeypatch):
+    found = consult(monkeypatch, opinion(-5.0, 0.01, "heavy tails"), opinion(-3.0, 0.04))
+    assert (found.value, found.std_error, found.num_evaluations, found.doubts) == (-3.0, 0.04, 200, ())
+    assert "not clean: heavy tails" in found.story and "said -3.0" in found.story
+
+
+def test_a_second_opinion_that_lies_lower_settles_nothing(monkeypatch):
+    found = consult(monkeypatch, opinion(-3.0, 0.01, "heavy tails"), opinion(-5.0, 0.04))
+    assert found.value == -3.0 and found.std_error >= 2.0
+    assert "not both" in found.doubts[0] and "heavy tails" in found.doubts
+
+
+def test_two_doubtful_opinions_make_no_answer(monkeypatch):
+    found = consult(monkeypatch, opinion(-5.0, 0.01, "heavy tails"), opinion(-3.0, 0.04, "memory"))
+    assert found.value == -3.0 and found.std_error >= 2.0
+    assert found.doubts[1:] == ("heavy tails", "memory")
+
+
+def test_two_clean_opinions_must_agree(monkeypatch):
+    agreed = consult(monkeypatch, opinion(-3.0, 0.2), opinion(-3.1, 0.04))
+    assert (agreed.value, agreed.std_error, agreed.doubts) == (-3.1, 0.04, ())
+    apart = consult(monkeypatch, opinion(-3.0, 0.2), opinion(-5.0, 0.04))
+    assert apart.std_error >= 2.0 and apart.doubts
+
+
+def test_an_error_above_the_one_wanted_is_a_doubt(monkeypatch):
+    found = consult(monkeypatch, opinion(-5.0, 0.01, "heavy tails"), opinion(-3.0, 0.2), budget=150.0)
+    assert (found.value, found.std_error) == (-3.0, 0.2)
+    assert found.doubts == ("The standard error is 0.200, where 0.05 was wanted: raise budget.",)
+
+
+def test_the_second_opinion_grows_as_far_as_the_budget_allows(monkeypatch):
+    sizes = []
+
+    def by_nested(self, key, target, larger):
+        sizes.append(larger)
+        return opinion(-3.0, 0.1 / larger**0.5)
+
+    monkeypatch.setattr(ebm.FittedReference, "integrate", lambda self, key, target: opinion(-5.0, 0.01, "heavy tails"))
+    monkeypatch.setattr(ebm.Consultation, "_by_nested", by_nested)
+    found = ebm.Consultation().integrate(jax.random.key(0), PROBLEMS["regression"].target())
+    assert sizes == [1.0, pytest.approx(4 * consultation.MARGIN)]
+    assert found.std_error < 0.05 and not found.doubts and found.num_evaluations == 300
+
+
+def test_a_second_opinion_that_fails_leaves_the_doubts(monkeypatch):
+    def fails(self, key, target, larger):
+        raise ebm.EnergyError("flat")
+
+    monkeypatch.setattr(ebm.FittedReference, "integrate", lambda self, key, target: opinion(-5.0, 0.01, "heavy tails"))
+    monkeypatch.setattr(ebm.Consultation, "_by_nested", fails)
+    found = ebm.Consultation().integrate(jax.random.key(0), PROBLEMS["regression"].target())
+    assert found.value == -5.0 and found.doubts[0] == "heavy tails" and "flat" in found.doubts[1]
+
+
+def test_default_of_log_z():
+    problem = PROBLEMS["regression"]
+    found = ebm.log_z(jax.random.key(0), problem.target())
+    assert found.method == "consultation" and not found.doubts
+    assert abs(found.value - problem.log_z) < 4 * found.std_error < 4 * 0.05
+
+
+def test_a_funnel_is_right_or_in_doubt():
+    """The particles of SMC miss the neck by more than a nat, nested sampling goes there."""
+    found = ebm.Consultation(first=FIRST, nested=NESTED).integrate(jax.random.key(0), ebm.target(funnel_in_a_box))
+    assert abs(found.value - FUNNEL_IN_A_BOX) < 4 * found.std_error
+    assert any("live points" in line for line in found.story)
+    assert found.diagnostics["first"] < FUNNEL_IN_A_BOX - 0.3  # so that there was something to mend
+
+
+def test_many_coordinates_get_a_second_opinion_by_tempering():
+    def model():
+        x = numpyro.sample("x", dist.Normal(0, 1).expand([MOST_COORDINATES + 1]).to_event(1))
+        ebm.energy_factor("observed", 0.5 * (x**2).sum(), role="loss")
+
+    method = ebm.Consultation(tempered=ebm.SMC(num_particles=200))
+    found = method._second(jax.random.key(0), ebm.target(model), 1e9)
+    exact = -(MOST_COORDINATES + 1) / 2 * 0.6931471805599453
+    assert abs(found.value - exact) < 4 * found.std_error and "own reference" in found.story[-1]
+    assert "times larger" in found.story[1]
+
+
+@pytest.mark.parametrize("settings", [{"tol": 0.0}, {"budget": -1.0}])
+def test_settings_that_make_no_sense(settings):
+    with pytest.raises(ebm.EnergyError, match=next(iter(settings))):
+        ebm.Consultation(**settings)
+
+
+def test_tol_is_of_the_default_alone():
+    with pytest.raises(ebm.EnergyError, match="tol and budget"):
+        ebm.log_z(jax.random.key(0), PROBLEMS["regression"].target(), ebm.SMC(), tol=0.1)
