@@ -7,7 +7,7 @@
     evidence           the "data" part: log Z(prior and data) - log Z(prior)
     one phase          where every prior energy is normalised, log Z(prior) = 0, and both are tempered together
 
-Each stage weighs, resamples, and moves the particles by a kernel of `kernels.py` that leaves pi_t invariant. The metric
+Each stage weighs, resamples, and moves the particles (`moves.py`) by a kernel that leaves pi_t invariant. The metric
 is learned from the cloud, **crosswise**: each half of the particles moves by the covariance of the other half. A metric
 of the very particles that it moves would favour the directions in which they happen to spread, and biases log Z (by
 -.012 a stage for 1000 particles of a Gaussian in 32 dimensions).
@@ -43,22 +43,13 @@ from blackjax.smc.solver import dichotomy
 from jax.scipy.special import logsumexp
 
 from ebm_ppl import parallel
-from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, Tuning
+from ebm_ppl.kernels import HMC, MALA, MCLMC
+from ebm_ppl.moves import move
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, check_start, final_values, phase_estimates
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import (
-    Array,
-    Draws,
-    EnergyError,
-    PRNGKey,
-)
+from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey
 
-FAIR_ACCEPTANCE = 0.3
-DECORRELATED = 0.3
-STILL_FALLING = 0.98
-MAX_ROUNDS = 20
-UNFAIR_ROUNDS = 5
 UNSETTLED = 4.0
 
 
@@ -275,7 +266,7 @@ def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cl
     # Not by vmap: with a batch of matrices the runs would have to go one at a time (`xla.may_run_beside_itself`).
     halves = [DenseScale.of_cloud(half, ess / 2) for half in start[::-1]]
     scales = jax.tree.map(lambda *of_halves: jnp.stack(of_halves), *halves)
-    moved = _move(key_move, start, log_density, sampler, cloud.step_size, scales)
+    moved = move(key_move, start, log_density, sampler.kernel, sampler.num_moves, cloud.step_size, scales)
     z = moved.states.position.reshape(num, -1)
     base, new_energy = jax.vmap(lambda z: _split(target, phase, z))(z)
     log_z = cloud.log_z + increment
@@ -331,76 +322,3 @@ def _temperature_step(energy: Array, beta: Array, target_ess: float) -> Array:
         return log_ess(jnp.where(alive, -step * safe, -jnp.inf)) - wanted
 
     return dichotomy(surplus, jnp.zeros_like(beta), 1.0 - beta, eps=1e-6)
-
-
-class Moved(NamedTuple):
-    """Particles on their way through the moves of a stage; states have leading axes (half, particle)."""
-
-    states: Any
-    step_size: Array
-    moves: Array
-    accepted: Array
-    leapfrogs: Array
-    num_nan: Array
-    correlation: Array
-    """With the particles before the moves, in the coordinate that remembers best."""
-    previous: Array
-    """The same a round of moves ago."""
-
-
-def _move(key: PRNGKey, z: Array, log_density: Any, sampler: SMC, step_size: Array, scales: DenseScale) -> Moved:
-    """Moves all particles, of shape (2, N/2, dim), by the scale of their half.
-
-    Rounds of moves go on until no coordinate remembers where it was (correlation at most .3), or until a round no
-    longer helps: between separate modes, say, no number of moves would.
-
-    The step size follows the acceptance of the whole cloud from move to move. Each particle shortens it by a factor of
-    its own, so that some suit a mode narrower than the cloud.
-    """
-    kernel: Kernel = sampler.kernel.kernel()
-    dim = z.shape[-1]
-
-    def again(moved: Moved) -> Array:
-        falling = moved.correlation < STILL_FALLING * moved.previous
-        remembers = (moved.correlation > DECORRELATED) & falling & (moved.moves < MAX_ROUNDS * sampler.num_moves)
-        unfair = (moved.accepted < FAIR_ACCEPTANCE) & (moved.moves < UNFAIR_ROUNDS * sampler.num_moves)
-        return any_alive & ((moved.moves == 0) | remembers | unfair)
-
-    def one_round(moved: Moved) -> Moved:
-        moved = jax.lax.fori_loop(0, sampler.num_moves, once, moved)
-        return moved._replace(previous=moved.correlation, correlation=_correlation(z, moved.states.position))
-
-    def once(_: Array, moved: Moved) -> Moved:
-        key_length, key_step, key_jitter = jax.random.split(jax.random.fold_in(key, moved.moves), 3)
-        num_steps = kernel.length(key_length, Tuning(moved.step_size, scales), dim)
-        shorter = jnp.exp(-jax.random.uniform(key_jitter, z.shape[:2], z.dtype))
-
-        def step(key: PRNGKey, state: Any, factor: Array, scale: DenseScale) -> tuple[Any, dict[str, Array]]:
-            return kernel.step(key, state, log_density, Tuning(moved.step_size * factor, scale), num_steps)
-
-        over_particles = jax.vmap(step, (0, 0, 0, None))
-        keys = jax.random.split(key_step, z.shape[:2])
-        states, stats = jax.vmap(over_particles)(keys, moved.states, shorter, scales)
-        accepted = jnp.mean(stats["acceptance_rate"])
-        return moved._replace(
-            states=states,
-            step_size=moved.step_size * jnp.exp(accepted - sampler.kernel.target_accept),
-            moves=moved.moves + 1,
-            accepted=accepted,
-            leapfrogs=moved.leapfrogs + num_steps,
-            num_nan=moved.num_nan + jnp.sum(stats["nan_energy"]),
-        )
-
-    states = jax.vmap(jax.vmap(lambda z: kernel.init(z, log_density)))(z)
-    any_alive = jnp.any(jnp.isfinite(states.logdensity))
-    count, one = jnp.zeros((), int), jnp.ones((), z.dtype)
-    start = Moved(states, step_size, count, jnp.zeros_like(one), count, count, one, 2 * one)
-    return jax.lax.while_loop(again, one_round, start)
-
-
-def _correlation(before: Array, after: Array) -> Array:
-    """The largest correlation over the cloud of a coordinate with itself before the moves."""
-    axes = (0, 1)
-    before, after = before - jnp.mean(before, axes), after - jnp.mean(after, axes)
-    spread = jnp.sqrt(jnp.mean(before**2, axes) * jnp.mean(after**2, axes))
-    return jnp.max(jnp.abs(jnp.mean(before * after, axes)) / jnp.maximum(spread, jnp.finfo(before.dtype).tiny))

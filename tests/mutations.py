@@ -129,7 +129,7 @@ MUTATIONS = (
     ),
     Mutation(
         "one key for the moves of all particles",
-        "smc.py",
+        "moves.py",
         "keys = jax.random.split(key_step, z.shape[:2])",
         "keys = jnp.broadcast_to(key_step, z.shape[:2])",
         (_smc("eight_schools"),),
