@@ -7,17 +7,27 @@
     evidence           the "data" part: log Z(prior and data) - log Z(prior)
     one phase          where every prior energy is normalised, log Z(prior) = 0, and both are tempered together
 
-Each stage weighs, resamples, and moves the particles by a kernel of `kernels.py` that leaves pi_t invariant. The metric
+Each stage weighs, resamples, and moves the particles (`moves.py`) by a kernel that leaves pi_t invariant. The metric
 is learned from the cloud, **crosswise**: each half of the particles moves by the covariance of the other half. A metric
 of the very particles that it moves would favour the directions in which they happen to spread, and biases log Z (by
 -.012 a stage for 1000 particles of a Gaussian in 32 dimensions).
 
 Everything is written for one run; `parallel.py` takes it over independent runs.
 
-The standard error comes from the genealogy (Lee and Whiteley 2018): with S_k the weight that descends from the k-th
-initial particle, the relative variance of Z is estimated by sum_k (S_k - 1/N)^2 less what resampling alone adds. In
-systematic resampling descendants stay neighbours, and the number of them in the k-th family varies by f (1 - f), where
-f is the fractional part of N S_k.
+The standard error comes from the genealogy, as Lee and Whiteley's (2018). What descends from the k-th initial particle
+is a family. At each stage its weight differs from its number, and these differences add up to its influence on log Z,
+
+    psi_k = sum_t sum_{i in family k} ( w_t^i / sum_j w_t^j - 1/N )
+    variance of log Z = sum_k psi_k^2 / ( 1 - sum_k S_k^2 )                 S_k: weight of family k now
+
+Resampling changes the numbers and leaves psi as it is, so that its own noise counts only as far as the particles still
+remember it when they are weighed the next time. The divisor makes up for deviations being from the mean of the same
+families: with the last but one of them the error grows beyond all bounds, since nothing is known of it. A run that lost
+most of a mode states a small error, too: see "Limits" in README.md.
+
+Every stage resamples, so that the conditional ESS of Zhou, Johansen and Aston (2016) is the ESS. At equal evaluations
+neither weights carried over stages, nor waste-free SMC (Dau and Chopin 2022), nor persistent sampling (Karamanis and
+Seljak 2025) was better throughout: benchmarks/README.md has the numbers.
 
 That error bar assumes that the moves mix. Where the particles follow pi_t, its invariant moves leave every mean as it
 is, up to noise; where they lag behind, stage after stage carries a mean the same way. The drift is that sum,
@@ -43,22 +53,13 @@ from blackjax.smc.solver import dichotomy
 from jax.scipy.special import logsumexp
 
 from ebm_ppl import parallel
-from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, Tuning
+from ebm_ppl.kernels import HMC, MALA, MCLMC
+from ebm_ppl.moves import move
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, check_start, final_values, phase_estimates
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import (
-    Array,
-    Draws,
-    EnergyError,
-    PRNGKey,
-)
+from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey
 
-FAIR_ACCEPTANCE = 0.3
-DECORRELATED = 0.3
-STILL_FALLING = 0.98
-MAX_ROUNDS = 20
-UNFAIR_ROUNDS = 5
 UNSETTLED = 4.0
 
 
@@ -112,10 +113,8 @@ class Cloud(NamedTuple):
     beta: Array
     step_size: Array
     log_z: Array
-    resampling_noise: Array
-    """What resampling alone has added to sum_k S_k^2 in this phase."""
-    share: Array
-    """Weight that descends from each initial particle at the end of the last phase, (N,)."""
+    influence: Array
+    """Of the family of each initial particle on log Z of this phase, (N,)."""
     weighted: Array
     """Particles of the last stage before resampling, (N, dim), and their normalised log weights, (N,)."""
     log_weight: Array
@@ -177,17 +176,16 @@ def _initial(key: PRNGKey, target: Tilted, sampler: SMC) -> Cloud:
     num = sampler.num_particles
     z = jax.vmap(target.sample_reference)(jax.random.split(jax.random.fold_in(key, 0), num))
     zero, zeros = jnp.zeros((), z.dtype), jnp.zeros(num, z.dtype)
-    share = jnp.full(num, 1.0 / num, z.dtype)
     step_size, drift = zero + target.dim**-0.25, jnp.zeros(target.dim, z.dtype)
-    eve, log_weight = jnp.arange(num), jnp.log(share)
-    return Cloud(z, zeros, zeros, eve, zero, step_size, zero, zero, share, z, log_weight, zero, drift, zero)
+    eve, log_weight = jnp.arange(num), zeros - jnp.log(num)
+    return Cloud(z, zeros, zeros, eve, zero, step_size, zero, zeros, z, log_weight, zero, drift, zero)
 
 
 def _enter(cloud: Cloud, target: Tilted, phase: str) -> Cloud:
     """The same particles at the start of another phase."""
     base, energy = jax.vmap(lambda z: _split(target, phase, z))(cloud.z)
-    zero = jnp.zeros_like(cloud.log_z)
-    return cloud._replace(base=base, energy=energy, beta=zero, log_z=zero, variance=zero)
+    zero, zeros = jnp.zeros_like(cloud.log_z), jnp.zeros_like(cloud.influence)
+    return cloud._replace(base=base, energy=energy, beta=zero, log_z=zero, influence=zeros, variance=zero)
 
 
 def _split(target: Tilted, phase: str, z: Array) -> tuple[Array, Array]:
@@ -258,13 +256,10 @@ def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cl
     log_w = log_w - logsumexp(log_w)
     weights = jnp.exp(log_w)
 
+    influence = cloud.influence.at[cloud.eve].add(weights - 1 / num)
     share = jnp.zeros(num, weights.dtype).at[cloud.eve].add(weights)
-    # Never below what one stage of independent particles has, were the correction to overshoot.
-    variance = jnp.maximum(jnp.sum((share - cloud.share) ** 2) - cloud.resampling_noise, jnp.sum(weights**2) - 1 / num)
+    variance = jnp.sum(influence**2) / jnp.maximum(1 - jnp.sum(share**2), jnp.finfo(weights.dtype).tiny)
     ancestors = systematic(key_resample, weights, num)
-    fraction = num * share - jnp.floor(num * share)
-    noise = jnp.sum(fraction * (1 - fraction)) / num**2
-    done = beta >= 1.0
     ess = jnp.exp(log_ess(log_w))
 
     def log_density(z: Array) -> Array:
@@ -275,7 +270,7 @@ def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cl
     # Not by vmap: with a batch of matrices the runs would have to go one at a time (`xla.may_run_beside_itself`).
     halves = [DenseScale.of_cloud(half, ess / 2) for half in start[::-1]]
     scales = jax.tree.map(lambda *of_halves: jnp.stack(of_halves), *halves)
-    moved = _move(key_move, start, log_density, sampler, cloud.step_size, scales)
+    moved = move(key_move, start, log_density, sampler.kernel, sampler.num_moves, cloud.step_size, scales)
     z = moved.states.position.reshape(num, -1)
     base, new_energy = jax.vmap(lambda z: _split(target, phase, z))(z)
     log_z = cloud.log_z + increment
@@ -291,9 +286,7 @@ def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cl
         beta=beta,
         step_size=moved.step_size,
         log_z=log_z,
-        # The next phase starts from the shares before this resampling, whose noise is then its own.
-        resampling_noise=jnp.where(done, noise, cloud.resampling_noise + noise),
-        share=jnp.where(done, share, cloud.share),
+        influence=influence,
         weighted=cloud.z,
         log_weight=log_w,
         variance=variance,
@@ -331,76 +324,3 @@ def _temperature_step(energy: Array, beta: Array, target_ess: float) -> Array:
         return log_ess(jnp.where(alive, -step * safe, -jnp.inf)) - wanted
 
     return dichotomy(surplus, jnp.zeros_like(beta), 1.0 - beta, eps=1e-6)
-
-
-class Moved(NamedTuple):
-    """Particles on their way through the moves of a stage; states have leading axes (half, particle)."""
-
-    states: Any
-    step_size: Array
-    moves: Array
-    accepted: Array
-    leapfrogs: Array
-    num_nan: Array
-    correlation: Array
-    """With the particles before the moves, in the coordinate that remembers best."""
-    previous: Array
-    """The same a round of moves ago."""
-
-
-def _move(key: PRNGKey, z: Array, log_density: Any, sampler: SMC, step_size: Array, scales: DenseScale) -> Moved:
-    """Moves all particles, of shape (2, N/2, dim), by the scale of their half.
-
-    Rounds of moves go on until no coordinate remembers where it was (correlation at most .3), or until a round no
-    longer helps: between separate modes, say, no number of moves would.
-
-    The step size follows the acceptance of the whole cloud from move to move. Each particle shortens it by a factor of
-    its own, so that some suit a mode narrower than the cloud.
-    """
-    kernel: Kernel = sampler.kernel.kernel()
-    dim = z.shape[-1]
-
-    def again(moved: Moved) -> Array:
-        falling = moved.correlation < STILL_FALLING * moved.previous
-        remembers = (moved.correlation > DECORRELATED) & falling & (moved.moves < MAX_ROUNDS * sampler.num_moves)
-        unfair = (moved.accepted < FAIR_ACCEPTANCE) & (moved.moves < UNFAIR_ROUNDS * sampler.num_moves)
-        return any_alive & ((moved.moves == 0) | remembers | unfair)
-
-    def one_round(moved: Moved) -> Moved:
-        moved = jax.lax.fori_loop(0, sampler.num_moves, once, moved)
-        return moved._replace(previous=moved.correlation, correlation=_correlation(z, moved.states.position))
-
-    def once(_: Array, moved: Moved) -> Moved:
-        key_length, key_step, key_jitter = jax.random.split(jax.random.fold_in(key, moved.moves), 3)
-        num_steps = kernel.length(key_length, Tuning(moved.step_size, scales), dim)
-        shorter = jnp.exp(-jax.random.uniform(key_jitter, z.shape[:2], z.dtype))
-
-        def step(key: PRNGKey, state: Any, factor: Array, scale: DenseScale) -> tuple[Any, dict[str, Array]]:
-            return kernel.step(key, state, log_density, Tuning(moved.step_size * factor, scale), num_steps)
-
-        over_particles = jax.vmap(step, (0, 0, 0, None))
-        keys = jax.random.split(key_step, z.shape[:2])
-        states, stats = jax.vmap(over_particles)(keys, moved.states, shorter, scales)
-        accepted = jnp.mean(stats["acceptance_rate"])
-        return moved._replace(
-            states=states,
-            step_size=moved.step_size * jnp.exp(accepted - sampler.kernel.target_accept),
-            moves=moved.moves + 1,
-            accepted=accepted,
-            leapfrogs=moved.leapfrogs + num_steps,
-            num_nan=moved.num_nan + jnp.sum(stats["nan_energy"]),
-        )
-
-    states = jax.vmap(jax.vmap(lambda z: kernel.init(z, log_density)))(z)
-    any_alive = jnp.any(jnp.isfinite(states.logdensity))
-    count, one = jnp.zeros((), int), jnp.ones((), z.dtype)
-    start = Moved(states, step_size, count, jnp.zeros_like(one), count, count, one, 2 * one)
-    return jax.lax.while_loop(again, one_round, start)
-
-
-def _correlation(before: Array, after: Array) -> Array:
-    """The largest correlation over the cloud of a coordinate with itself before the moves."""
-    axes = (0, 1)
-    before, after = before - jnp.mean(before, axes), after - jnp.mean(after, axes)
-    spread = jnp.sqrt(jnp.mean(before**2, axes) * jnp.mean(after**2, axes))
-    return jnp.max(jnp.abs(jnp.mean(before * after, axes)) / jnp.maximum(spread, jnp.finfo(before.dtype).tiny))

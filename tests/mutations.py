@@ -129,7 +129,7 @@ MUTATIONS = (
     ),
     Mutation(
         "one key for the moves of all particles",
-        "smc.py",
+        "moves.py",
         "keys = jax.random.split(key_step, z.shape[:2])",
         "keys = jnp.broadcast_to(key_step, z.shape[:2])",
         (_smc("eight_schools"),),
@@ -142,17 +142,24 @@ MUTATIONS = (
         ("test_smc.py::test_runs_are_independent_and_reproducible",),
     ),
     Mutation(
-        "variance without the correction for resampling",
+        "variance with the noise of resampling",
         "smc.py",
-        " - cloud.resampling_noise,",
-        ",",
+        "cloud.influence.at[cloud.eve].add(weights - 1 / num)",
+        "jnp.full(num, -1 / num).at[cloud.eve].add(weights)",
         ("test_smc.py::test_error_of_a_single_run_is_calibrated",),
+    ),
+    Mutation(
+        "variance that forgets how few families are left",
+        "smc.py",
+        " / jnp.maximum(1 - jnp.sum(share**2), jnp.finfo(weights.dtype).tiny)",
+        "",
+        ("test_smc.py::test_error_of_a_single_family_is_unknown",),
     ),
     Mutation(
         "variance of the last stage alone",
         "smc.py",
-        ".at[cloud.eve].add(weights)",
-        ".at[jnp.arange(num)].add(weights)",
+        "influence = cloud.influence.at",
+        "influence = jnp.zeros(num).at",
         ("test_smc.py::test_error_of_a_single_run_is_calibrated",),
     ),
     Mutation(

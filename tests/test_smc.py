@@ -157,6 +157,14 @@ def test_error_of_a_single_run_is_calibrated():
     assert low < np.sum(scores**2) < high
 
 
+def test_error_of_a_single_family_is_unknown():
+    """Of a few particles all descend from one in many runs: no families are left to tell the error by."""
+    problem = PROBLEMS["normal_mean"]
+    sampler = ebm.SMC(num_particles=4, target_ess=0.95)
+    estimate = ebm.log_z(jax.random.key(0), problem.target(), sampler, num_runs=16)
+    assert max(estimate.diagnostics["run_std_errors"]) > 1e6
+
+
 # What a partition function means
 
 

@@ -1,0 +1,107 @@
+"""The moves of a cloud of particles at one temperature, as many as it takes to forget where they were.
+
+    round         `num_moves` moves of every particle, in each of them all by the same number of steps
+    rho_j         correlation over the cloud of coordinate j with itself before the moves
+    enough        max_j |rho_j| <= `DECORRELATED`, or a round no longer lowers it
+
+The step size is learned on the way, from the acceptance of the whole cloud; the metric is given (`smc.py` says which).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ebm_ppl.kernels import HMC, MALA, MCLMC, Tuning
+from ebm_ppl.scale import DenseScale
+from ebm_ppl.typing import Array, PRNGKey
+
+FAIR_ACCEPTANCE = 0.3
+DECORRELATED = 0.3
+STILL_FALLING = 0.98
+MAX_ROUNDS = 20
+UNFAIR_ROUNDS = 5
+
+
+class Moved(NamedTuple):
+    """Particles on their way through the moves of a stage; states have leading axes (half, particle)."""
+
+    states: Any
+    step_size: Array
+    moves: Array
+    accepted: Array
+    leapfrogs: Array
+    num_nan: Array
+    correlation: Array
+    """With the particles before the moves, in the coordinate that remembers best."""
+    previous: Array
+    """The same a round of moves ago."""
+
+
+def move(
+    key: PRNGKey,
+    z: Array,
+    log_density: Callable[[Array], Array],
+    sampler: HMC | MALA | MCLMC,
+    num_moves: int,
+    step_size: Array,
+    scales: DenseScale,
+) -> Moved:
+    """Moves all particles, of shape (2, N/2, dim), by the scale of their half.
+
+    Rounds of moves go on until no coordinate remembers where it was (correlation at most .3), or until a round no
+    longer helps: between separate modes, say, no number of moves would.
+
+    The step size follows the acceptance of the whole cloud from move to move. Each particle shortens it by a factor of
+    its own, so that some suit a mode narrower than the cloud.
+    """
+    kernel = sampler.kernel()
+    dim = z.shape[-1]
+
+    def again(moved: Moved) -> Array:
+        falling = moved.correlation < STILL_FALLING * moved.previous
+        remembers = (moved.correlation > DECORRELATED) & falling & (moved.moves < MAX_ROUNDS * num_moves)
+        unfair = (moved.accepted < FAIR_ACCEPTANCE) & (moved.moves < UNFAIR_ROUNDS * num_moves)
+        return any_alive & ((moved.moves == 0) | remembers | unfair)
+
+    def one_round(moved: Moved) -> Moved:
+        moved = jax.lax.fori_loop(0, num_moves, once, moved)
+        return moved._replace(previous=moved.correlation, correlation=_correlation(z, moved.states.position))
+
+    def once(_: Array, moved: Moved) -> Moved:
+        key_length, key_step, key_jitter = jax.random.split(jax.random.fold_in(key, moved.moves), 3)
+        num_steps = kernel.length(key_length, Tuning(moved.step_size, scales), dim)
+        shorter = jnp.exp(-jax.random.uniform(key_jitter, z.shape[:2], z.dtype))
+
+        def step(key: PRNGKey, state: Any, factor: Array, scale: DenseScale) -> tuple[Any, dict[str, Array]]:
+            return kernel.step(key, state, log_density, Tuning(moved.step_size * factor, scale), num_steps)
+
+        over_particles = jax.vmap(step, (0, 0, 0, None))
+        keys = jax.random.split(key_step, z.shape[:2])
+        states, stats = jax.vmap(over_particles)(keys, moved.states, shorter, scales)
+        accepted = jnp.mean(stats["acceptance_rate"])
+        return moved._replace(
+            states=states,
+            step_size=moved.step_size * jnp.exp(accepted - sampler.target_accept),
+            moves=moved.moves + 1,
+            accepted=accepted,
+            leapfrogs=moved.leapfrogs + num_steps,
+            num_nan=moved.num_nan + jnp.sum(stats["nan_energy"]),
+        )
+
+    states = jax.vmap(jax.vmap(lambda z: kernel.init(z, log_density)))(z)
+    any_alive = jnp.any(jnp.isfinite(states.logdensity))
+    count, one = jnp.zeros((), int), jnp.ones((), z.dtype)
+    start = Moved(states, step_size, count, jnp.zeros_like(one), count, count, one, 2 * one)
+    return jax.lax.while_loop(again, one_round, start)
+
+
+def _correlation(before: Array, after: Array) -> Array:
+    """The largest correlation over the cloud of a coordinate with itself before the moves."""
+    axes = (0, 1)
+    before, after = before - jnp.mean(before, axes), after - jnp.mean(after, axes)
+    spread = jnp.sqrt(jnp.mean(before**2, axes) * jnp.mean(after**2, axes))
+    return jnp.max(jnp.abs(jnp.mean(before * after, axes)) / jnp.maximum(spread, jnp.finfo(before.dtype).tiny))
