@@ -74,9 +74,9 @@ def log_z(
     return found
 
 
-def weigh(key: PRNGKey, target: Target, sampler: SMC, num_runs: int, progress_bar: bool) -> Draws:
-    """SMC, with what its numbers say about themselves."""
-    draws = smc.run(key, target, sampler, num_runs=num_runs, progress_bar=progress_bar)
+def weigh(key: PRNGKey, target: Target, sampler: SMC, num_runs: int, progress_bar: bool, **walk: Any) -> Draws:
+    """SMC, with what its numbers say about themselves; `walk` is passed on to `smc.run`."""
+    draws = smc.run(key, target, sampler, num_runs=num_runs, progress_bar=progress_bar, **walk)
     _check_particles(draws)
     _check_prior(draws, target)
     return draws
@@ -106,7 +106,7 @@ def _of_path(draws: Draws, fingerprint: str | None) -> LogZ:
     diagnostics = {name: draws.attrs[name] for name in _DIAGNOSTICS if name in draws.attrs}
     return LogZ(
         value=parts[last],
-        std_error=_std_error(values, errors),
+        std_error=std_error_of_runs(values, errors),
         method="SMC",
         parts=parts,
         replicates=values,
@@ -160,7 +160,7 @@ def _mean(runs: list[Integral]) -> LogZ:
     upper = [run.upper for run in runs if run.upper is not None]
     return LogZ(
         value=log_mean(values),
-        std_error=_std_error(values, errors),
+        std_error=std_error_of_runs(values, errors),
         replicates=values,
         lower=float(np.mean(lower)) if lower else None,
         upper=float(np.mean(upper)) if upper else None,
@@ -178,7 +178,7 @@ def _told(runs: Mapping[str, list[Integral]]) -> list[str]:
     return lines
 
 
-def _std_error(values: np.ndarray, errors: np.ndarray) -> float:
+def std_error_of_runs(values: np.ndarray, errors: np.ndarray) -> float:
     """Of the mean of independent runs: from their genealogies or from their spread, whichever is larger."""
     num = len(values)
     spread = float(np.std(values, ddof=1)) if num > 1 else 0.0
@@ -235,7 +235,7 @@ def _check_prior(draws: Draws, target: Target) -> None:
     runs = draws.log_z or {}
     if not names or not names <= target.spec.normalized or "data_value" in runs:
         return
-    value, error = log_mean(runs["prior_value"]), _std_error(runs["prior_value"], runs["prior_std_error"])
+    value, error = log_mean(runs["prior_value"]), std_error_of_runs(runs["prior_value"], runs["prior_std_error"])
     if abs(value) > UNLIKELY * error:
         warnings.warn(
             f"log Z of the prior came out as {value:.2f} ± {error:.2f}, but it should be 0, since the log_partition of "
