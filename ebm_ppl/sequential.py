@@ -6,12 +6,13 @@
     log evidence     log p(y_1:t) = log p(y_1:s) + log (1/N) sum_i w_t^i
     elpd             log p(y_t | y_1:t-1)                    its increments, which add up to log p(y_1:T)
 
-This is iterated batch importance sampling. The particles pass by as many blocks as leave them effective (`target_ess`),
-and only then are resampled and moved. Where the next block alone is too much for that, they are tempered into it.
+This is iterated batch importance sampling: the particles go as far as leaves them effective (`target_ess`), past many
+blocks where these say little, and only then are resampled and moved. They may stop within a block, whose likelihood is
+then in to a power: so the particles are tempered into an observation that alone says too much.
 
-The engine is `smc.run`: each group of blocks that is passed at once, or tempered into, is a phase. Which blocks come
-next depends on the particles, so the phases are made while the run goes on (`_Walk`). Independent runs share them:
-a group is as short as the neediest run asks for.
+The engine is `smc.run`: each way from one stop to the next is a phase of one stage. Where the next stop is depends on
+the particles, so the phases are made while the run goes on (`_Walk`). Independent runs share their stops: these are as
+near as the neediest run asks for, which costs a few stages and keeps the runs independent but for that.
 
 Standard errors come from the genealogy, as in `smc.py`. With S_t^k the weight at block t that descends from the k-th
 particle of the (tilted) prior, and R_t what resampling alone has added by then,
@@ -89,7 +90,7 @@ def sequential_evidence(
     Returns:
         A DataTree as that of `sample(key, target, SMC())`, which `read_log_z` reads, too, with one more group,
         `sequential`: `log_evidence`, `log_evidence_se`, `elpd`, `elpd_se` and `num_observations` by `time`, and
-        those of each run, with the prefix `run_`, by `chain` and `time`.
+        those of each run, with the prefix `run_`, by `chain` and `time`. Errors of different times are not independent.
 
     Raises:
         EnergyError: for discrete latent sites, whose observations have no terms of their own; without data; and where
@@ -111,7 +112,7 @@ def sequential_evidence(
     outside = [name for name, axis in axes if axis is None]
     times, block = blocks(times, num, bool(outside))
     nothing = at(0, 0.0)
-    with tqdm(total=len(times), desc="SMC observations", disable=not progress_bar) as bar:
+    with tqdm(total=int(np.max(block)) + 1, desc="SMC observations", disable=not progress_bar) as bar:
         walk = _Walk(Arriving(target, block, nothing, nothing, axes), sampler, bar)
         try:
             draws = weigh(key, target, sampler, num_runs, False, next_phase=walk.next_phase)

@@ -328,7 +328,7 @@ MUTATIONS = (
         "sequential.py",
         "self.noise += float(cloud.resampling_noise)",
         "self.noise += 0.0",
-        ("test_sequential.py::test_every_kind_of_energy_in_an_order_with_ties",),
+        ("test_sequential.py::test_conjugate_model_at_every_observation",),
     ),
     Mutation(
         "drift from particles without their weights",

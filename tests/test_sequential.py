@@ -39,9 +39,13 @@ def check(tree, exact, before=0.0):
 
 
 def test_conjugate_model_at_every_observation():
-    """Normal mean, known variance: y_1:t is jointly normal for every t."""
+    """Normal mean, known variance: y_1:t is jointly normal for every t.
+
+    In many short stages: resampling stirs the genealogy more than the weights do, and the error must not see it.
+    """
     target = PROBLEMS["normal_mean"].target()
-    tree = ebm.sequential_evidence(jax.random.key(1), target, SAMPLER, num_runs=NUM_RUNS)
+    sampler = ebm.SMC(num_particles=300, target_ess=0.95)
+    tree = ebm.sequential_evidence(jax.random.key(1), target, sampler, num_runs=NUM_RUNS)
     sizes = range(1, len(NORMAL_Y) + 1)
     exact = [st.multivariate_normal(np.zeros(t), 0.49 * np.eye(t) + 4.0).logpdf(NORMAL_Y[:t]) for t in sizes]
     check(tree, np.array(exact))
@@ -50,9 +54,7 @@ def test_conjugate_model_at_every_observation():
     assert whole.value == pytest.approx(group["elpd"].values.sum(), abs=1e-12)
     assert whole.data_id == ebm.log_z(jax.random.key(2), target, ebm.SMC(num_particles=20)).data_id
     np.testing.assert_array_equal(group["num_observations"], 1)
-    # Each phase is one stage, and of those there are fewer than observations.
-    np.testing.assert_array_equal(tree["smc"]["beta"], 1.0)
-    assert tree["smc"].sizes["stage"] < len(NORMAL_Y)
+    np.testing.assert_array_equal(tree["smc"]["beta"], 1.0)  # a stage for each phase
     # The particles end at the posterior.
     means = tree["posterior"]["mu"].values.mean(1)
     problem = PROBLEMS["normal_mean"]
