@@ -174,7 +174,7 @@ def plot_sequential_evidence(results: xr.DataTree | Mapping[str, xr.DataTree]) -
     for name, walk in others:
         if walk.attrs["data_id"] != base.attrs["data_id"] or not np.array_equal(walk["time"], base["time"]):
             raise IncomparableError(f"'{name}' and '{first}' are of different data, or took them in at other times.")
-    what = f"log Bayes factor over {first}" if others else "log evidence"
+    what = f"log Bayes factor\nover {first}," if others else "log evidence"
     shown = {f"{name} over {first}": _minus(walk, base) for name, walk in others} or {"": base}
     figure, axes = plt.subplots(2, 1, figsize=(8, 5.5), sharex=True, layout="constrained")
     for number, (name, walk) in enumerate(shown.items()):
@@ -186,7 +186,7 @@ def plot_sequential_evidence(results: xr.DataTree | Mapping[str, xr.DataTree]) -
     for axis in axes[: 2 if others else 0]:
         axis.axhline(0.0, color="0.7", lw=1, zorder=0)
     axes[0].set_ylabel(f"{what} so far (nats)")
-    axes[1].set_ylabel("of each block (nats)" if others else "log predictive density (nats)")
+    axes[1].set_ylabel("what each block adds (nats)" if others else "log predictive density (nats)")
     axes[1].set_xlabel("time")
     if others:
         axes[0].legend(frameon=False)
