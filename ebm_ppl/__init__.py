@@ -1,6 +1,7 @@
 """Energy-based models in Bayesian modelling: energies in NumPyro models, BlackJAX samplers, ArviZ results."""
 
 from ebm_ppl import xla  # noqa: F401  # first, since it is in time only before the import of BlackJAX
+from ebm_ppl.compare import compare
 from ebm_ppl.distribution import EnergyDistribution, energy_factor
 from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, ScaledEnergy, SumEnergy
 from ebm_ppl.evidence import log_z, read_log_z
@@ -13,7 +14,8 @@ from ebm_ppl.logz.fitted import FittedReference
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
-from ebm_ppl.plots import plot_energies, plot_smc
+from ebm_ppl.plots import plot_compare, plot_energies, plot_sequential_evidence, plot_smc
+from ebm_ppl.sequential import sequential_evidence
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, target
 from ebm_ppl.typing import (
@@ -63,13 +65,17 @@ __all__ = [
     "TemperingStalledError",
     "ThermodynamicIntegration",
     "as_numpyro_kernel",
+    "compare",
     "energy_factor",
     "log_z",
+    "plot_compare",
     "plot_energies",
+    "plot_sequential_evidence",
     "plot_smc",
     "posterior_predictive",
     "prior_predictive",
     "read_log_z",
     "sample",
+    "sequential_evidence",
     "target",
 ]

@@ -88,9 +88,9 @@ def _default(tol: float | None, budget: float | None) -> Consultation:
     return Consultation(tol=default.tol if tol is None else tol, budget=default.budget if budget is None else budget)
 
 
-def weigh(key: PRNGKey, target: Target, sampler: SMC, num_runs: int, progress_bar: bool) -> Draws:
-    """SMC, with what its numbers say about themselves."""
-    draws = smc.run(key, target, sampler, num_runs=num_runs, progress_bar=progress_bar)
+def weigh(key: PRNGKey, target: Target, sampler: SMC, num_runs: int, progress_bar: bool, **walk: Any) -> Draws:
+    """SMC, with what its numbers say about themselves; `walk` is passed on to `smc.run`."""
+    draws = smc.run(key, target, sampler, num_runs=num_runs, progress_bar=progress_bar, **walk)
     _check_particles(draws)
     _check_prior(draws, target)
     return draws

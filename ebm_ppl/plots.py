@@ -1,18 +1,22 @@
-"""Two pictures that ArviZ does not have; each takes a DataTree and returns a matplotlib figure.
+"""Pictures that ArviZ does not have; each takes results and returns a matplotlib figure.
 
-plot_smc        the path of an SMC run: temperature, effective particles, acceptance, cumulative log Z
-plot_energies   each energy term, under the prior and under the posterior
+plot_smc                   the path of an SMC run: temperature, effective particles, acceptance, cumulative log Z
+plot_energies              each energy term, under the prior and under the posterior
+plot_compare               log evidences of several models, and their posterior probabilities
+plot_sequential_evidence   the log evidence along the observations, or where a Bayes factor comes from
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ebm_ppl.typing import EnergyError
+from ebm_ppl.typing import EnergyError, IncomparableError
 
 if TYPE_CHECKING:
+    import pandas as pd
     import xarray as xr
     from matplotlib.figure import Figure
 
@@ -105,3 +109,100 @@ def plot_energies(data: xr.DataTree, prior: xr.DataTree | None = None) -> Figure
         axis.set_yticks([])
         axis.legend(frameon=False)
     return figure
+
+
+def plot_compare(table: pd.DataFrame) -> Figure:
+    """Models by their evidence: log evidences with bars of two standard errors, and posterior probabilities.
+
+    The best model is on top, and the line is its log evidence. The bars of the probabilities are the interval in the
+    table, the crosses the prior probabilities. Models in doubt are hollow.
+
+    Args:
+        table: result of `compare`.
+
+    Raises:
+        EnergyError: for any other table.
+    """
+    import matplotlib.pyplot as plt
+
+    lower, upper = ([name for name in table.columns if str(name).endswith(end)] for end in ("_lb", "_ub"))
+    if "log_bf" not in table.columns or len(lower) != 1 or len(upper) != 1:
+        raise EnergyError("plot_compare draws the table of ebm_ppl.compare.")
+    height = 1.6 + 0.4 * len(table)
+    figure, axes = plt.subplots(1, 2, figsize=(9, height), sharey=True, layout="constrained")
+    place = -np.arange(len(table))
+    panels = (
+        ("log_evidence", table["log_evidence"] - 2 * table["se"], table["log_evidence"] + 2 * table["se"]),
+        ("probability", table[lower[0]], table[upper[0]]),
+    )
+    for axis, (name, low, high) in zip(axes, panels, strict=True):
+        axis.hlines(place, low, high, color="C0")
+        fill = np.where(table["warning"], "white", "C0")
+        axis.scatter(table[name], place, c=fill, edgecolors="C0", zorder=3)
+    axes[0].axvline(table["log_evidence"].iloc[0], color="C1", ls="--", lw=1, zorder=0)
+    axes[0].set_xlabel("log evidence (nats), ± 2 standard errors")
+    axes[0].set_yticks(place, [str(name) for name in table.index])
+    axes[0].set_ylim(place[-1] - 0.6, 0.6)
+    axes[1].scatter(table["prior"], place, marker="x", color="0.5", s=25, label="prior", zorder=2)
+    axes[1].set_xlim(-0.03, 1.03)
+    percent = str(lower[0]).removeprefix("eti").removesuffix("_lb")
+    axes[1].set_xlabel(f"posterior model probability, {percent} % interval of its error")
+    axes[1].legend(frameon=False, loc="lower right")
+    figure.suptitle("Model comparison, higher is better", fontsize="medium")
+    return figure
+
+
+def plot_sequential_evidence(results: xr.DataTree | Mapping[str, xr.DataTree]) -> Figure:
+    """The log evidence along the observations; of several models, where their Bayes factors come from.
+
+    One model: `log p(y_1:t)`, and the log predictive density of each block of observations given those before. More:
+    the log Bayes factor so far of each over the first, and what each block adds to it. Bars and bands are of two
+    standard errors.
+
+    Args:
+        results: of `sequential_evidence`, by the names of the models if there are several.
+
+    Raises:
+        EnergyError: for other results.
+        IncomparableError: where the models are of different data, or took them in at other times.
+    """
+    import matplotlib.pyplot as plt
+
+    named = dict(results) if isinstance(results, Mapping) and not hasattr(results, "attrs") else {"": results}
+    walks = {name: _walk_of(name, tree) for name, tree in named.items()}
+    (first, base), *others = walks.items()
+    for name, walk in others:
+        if walk.attrs["data_id"] != base.attrs["data_id"] or not np.array_equal(walk["time"], base["time"]):
+            raise IncomparableError(f"'{name}' and '{first}' are of different data, or took them in at other times.")
+    what = f"log Bayes factor\nover {first}," if others else "log evidence"
+    shown = {f"{name} over {first}": _minus(walk, base) for name, walk in others} or {"": base}
+    figure, axes = plt.subplots(2, 1, figsize=(8, 5.5), sharex=True, layout="constrained")
+    for number, (name, walk) in enumerate(shown.items()):
+        time, color = walk["time"].values, f"C{number % 10}"
+        value, error = walk["log_evidence"].values, 2 * walk["log_evidence_se"].values
+        axes[0].plot(time, value, marker=".", lw=1, color=color, label=name)
+        axes[0].fill_between(time, value - error, value + error, color=color, alpha=0.25, lw=0)
+        axes[1].errorbar(time, walk["elpd"], 2 * walk["elpd_se"], fmt=".", lw=1, color=color)
+    for axis in axes[: 2 if others else 0]:
+        axis.axhline(0.0, color="0.7", lw=1, zorder=0)
+    axes[0].set_ylabel(f"{what} so far (nats)")
+    axes[1].set_ylabel("what each block adds (nats)" if others else "log predictive density (nats)")
+    axes[1].set_xlabel("time")
+    if others:
+        axes[0].legend(frameon=False)
+    return figure
+
+
+def _walk_of(name: str, tree: Any) -> xr.Dataset:
+    if "sequential" not in getattr(tree, "children", ()):
+        raise EnergyError(
+            f"The result {name!r} has no group 'sequential': this draws what sequential_evidence returns."
+        )
+    return tree["sequential"].to_dataset().assign_attrs(data_id=tree.attrs.get("data_id"))
+
+
+def _minus(walk: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
+    """The log evidence of one model less that of another, from independent runs."""
+    parts = {name: walk[name] - other[name] for name in ("log_evidence", "elpd")}
+    errors = {f"{name}_se": np.hypot(walk[f"{name}_se"], other[f"{name}_se"]) for name in parts}
+    return walk[[]].assign(parts | errors)

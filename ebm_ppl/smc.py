@@ -57,7 +57,7 @@ from ebm_ppl.kernels import HMC, MALA, MCLMC
 from ebm_ppl.moves import move
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, check_start, final_values, phase_estimates
-from ebm_ppl.target import Tilted
+from ebm_ppl.target import Phase, Tilted
 from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey
 
 UNSETTLED = 4.0
@@ -134,10 +134,13 @@ def run(
     num_runs: int = 1,
     progress_bar: bool = True,
     visit: Callable[[list[Cloud]], None] = lambda clouds: None,
+    next_phase: Callable[[list[Cloud]], tuple[Phase, Tilted] | None] | None = None,
 ) -> Draws:
     """Independent runs of SMC; `log_z` of the result holds value and standard error of each phase and run.
 
-    After each stage `visit` is called with the clouds at its temperature.
+    After each stage `visit` is called with the clouds at its temperature. The phases are those of the target, unless
+    `next_phase` makes them, from the clouds at the end of the one before, until it returns None; of several with the
+    same name `log_z` has the last.
 
     Raises:
         NoReferenceError, IntractablePartitionError: where log Z has no meaning for the model.
@@ -148,7 +151,9 @@ def run(
     keys = parallel.split(jax.random.split(key, num_runs), most=num_runs)
     clouds = parallel.over(_initial, keys, target, sampler)
     log_z, infos = {}, []
-    for phase, tempered in target.phases():
+    known = iter(target.phases())
+    while coming := next_phase(clouds) if next_phase else next(known, None):
+        phase, tempered = coming
         clouds = parallel.over(_enter, clouds, tempered, phase)
         check_start(np.concatenate([cloud.energy for cloud in clouds]), phase)
         clouds, passed = _run_phase(keys, tempered, sampler, phase, clouds, len(infos), progress_bar, visit)

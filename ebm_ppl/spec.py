@@ -134,13 +134,13 @@ def _describe(recorded: Trace) -> dict[str, Any]:
         partitions += [name] if any(not tilt.is_normalized for tilt in tilts) else []
         ignored += [name] if any(tilt.ignores_partition for tilt in tilts) else []
         if site["is_observed"]:
+            dims[name] = _dim_names(site, jnp.ndim(site["value"]))
             if _is_factor(fn):
                 roles.append((name, site["infer"].get(ROLE_KEY, "loss")))
                 continue
             roles.append((name, "data"))
             observed.append(name)
             unknown_constant += [name] if partitions and partitions[-1] == name else []
-            dims[name] = _dim_names(site, jnp.ndim(site["value"]))
             continue
         reference = reference_of(fn)
         if fn.support.is_discrete:

@@ -126,6 +126,11 @@ class Target(eqx.Module):
 
     def site_terms(self, z: Array) -> tuple[dict[str, Array], dict[str, Array]]:
         """Log reference density and energy of each site: what `terms` adds up."""
+        references, energies = self.element_terms(z)
+        return _sums(references), _sums(energies)
+
+    def element_terms(self, z: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The same for each element of a site, an observation in a plate, say: what `site_terms` adds up."""
         recorded = self._recorded(_unconstrain_params(self._prepared(), self.unravel(z)))
         latents, roles = dict(self.spec.latents), self.roles()
         references, energies = {}, {}
@@ -133,13 +138,13 @@ class Target(eqx.Module):
             if site["type"] != "sample":
                 continue
             if name in latents:
-                references[name] = _scaled_sum(site, reference_of(site["fn"]).log_prob(site["value"]))
+                references[name] = _scaled(site, reference_of(site["fn"]).log_prob(site["value"]))
                 if name in roles:
-                    energies[name] = _scaled_sum(site, tilt_of(site["fn"], site["value"]))
+                    energies[name] = _scaled(site, tilt_of(site["fn"], site["value"]))
             elif name in self.spec.jacobians:
-                references[name] = _scaled_sum(site, site["fn"].log_prob(site["value"]))
+                references[name] = _scaled(site, site["fn"].log_prob(site["value"]))
             elif name in roles:
-                energies[name] = -_scaled_sum(site, site["fn"].log_prob(site["value"]))
+                energies[name] = -_scaled(site, site["fn"].log_prob(site["value"]))
         return references, energies
 
     def _enumerated_terms(self, z: Array) -> tuple[Array, dict[str, Array]]:
@@ -339,6 +344,10 @@ class _Tempered(Messenger):
         msg["fn"] = msg["fn"].mask(False) if msg["is_observed"] else reference_of(msg["fn"])
 
 
-def _scaled_sum(site: dict[str, Any], log_prob: Any) -> Array:
+def _scaled(site: dict[str, Any], log_prob: Any) -> Array:
     scale = site["scale"]
-    return jnp.sum(log_prob if scale is None or is_identically_one(scale) else scale * log_prob)
+    return jnp.asarray(log_prob if scale is None or is_identically_one(scale) else scale * log_prob)
+
+
+def _sums(terms: dict[str, Array]) -> dict[str, Array]:
+    return {name: jnp.sum(elements) for name, elements in terms.items()}
