@@ -241,7 +241,7 @@ MUTATIONS = (
     ),
     Mutation(
         "ladder whose chains are all at the posterior",
-        "logz/path.py",
+        "logz/ladder.py",
         "return log_reference - rung.beta * energy",
         "return log_reference - energy",
         ("logz/test_path.py::test_estimate_and_its_error[mixture-SteppingStone]",),
