@@ -254,10 +254,10 @@ MUTATIONS = (
         ("logz/test_path.py::test_error_of_the_rule_of_integration",),
     ),
     Mutation(
-        "ladder whose MBAR takes all draws for one chain's",
+        "ladder whose error is that of a sum over chains",
         "logz/path.py",
-        "spread = centred.T @ centred * num_chains / (num_chains - 1)",
-        "spread = centred.T @ centred / num_chains",
+        "np.sqrt(np.sum(np.var(contributions, axis=1, ddof=1)) / contributions.shape[1])",
+        "np.sqrt(np.sum(np.var(contributions, axis=1, ddof=1)) * contributions.shape[1])",
         ("logz/test_path.py::test_error_is_calibrated_for_chains_with_a_memory",),
     ),
     Mutation(

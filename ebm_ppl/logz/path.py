@@ -77,8 +77,8 @@ def thermodynamic_integration(rungs: Rungs) -> Found:
 
 def mbar(rungs: Rungs) -> Found:
     """See `MBAR`."""
-    log_z, std_error = multistate(rungs)
-    return Found(float(log_z[-1]), std_error)
+    log_z, contributions = multistate(rungs)
+    return Found(float(log_z[-1]), _error_of(np.mean(contributions, axis=2)))
 
 
 def _error_of(contributions: np.ndarray) -> float:
@@ -117,15 +117,15 @@ def thermodynamic(rungs: Rungs) -> tuple[float, np.ndarray, float]:
     return float(value), np.concatenate([first_step, contributions]), float(error_of_rule)
 
 
-def multistate(rungs: Rungs) -> tuple[np.ndarray, float]:
-    """log Z of each rung, shape (rung,), and the standard error of the last.
+def multistate(rungs: Rungs) -> tuple[np.ndarray, np.ndarray]:
+    """log Z of each rung, shape (rung,), and each draw's contribution to that of the last, (rung, chain, draw).
 
     The draws of rung k are worth `n_k` independent ones, each `w_k = n_k / (C D)`. With f = -log Z and
 
         p_j(n) = n_j exp(f_j - b_j U_n) / sum_i n_i exp(f_i - b_i U_n)
 
     Newton's method solves `n_j = sum_n w(n) p_j(n)`, the slope of a concave likelihood of f, from the stepping stones.
-    The error comes from the spread of the chains about these equations, through their Jacobian H: `H^-1 S H^-1`.
+    With H its curvature, draw n of rung k moves log Z by `w_k (H^-1 (p(n) - mean_k p))_K` to first order.
 
     Raises:
         EnergyError: where Newton's method does not arrive.
@@ -137,39 +137,37 @@ def multistate(rungs: Rungs) -> tuple[np.ndarray, float]:
     sizes = np.minimum(sizes, num_chains * num_draws)
     worth = sizes / (num_chains * num_draws)
     f = np.concatenate([[0.0], -np.cumsum(stepping_stones(rungs)[0])])
-    finite = np.where(np.isfinite(energy), energy, 0.0)
 
-    def equations(f: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Slope and curvature of the likelihood, and each chain's part of the slope, shape (rung, chain, rung)."""
+    def shares(f: np.ndarray, energy: np.ndarray) -> np.ndarray:
+        """p of each draw of a rung, shape (chain, draw, rung)."""
+        log_p = np.log(sizes) + f - beta * np.where(np.isfinite(energy), energy, 0.0)[..., None]
+        log_p = np.where(np.isfinite(energy)[..., None] | (beta == 0), log_p, -np.inf)
+        p = np.exp(log_p - np.max(log_p, axis=-1, keepdims=True))
+        return p / np.sum(p, axis=-1, keepdims=True)
+
+    def equations(f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slope and curvature of the likelihood, for all rungs but the first: log Z of the reference is 0."""
         total, outer = np.zeros(num_rungs), np.zeros((num_rungs, num_rungs))
-        parts = np.zeros((num_rungs, num_chains, num_rungs))
-        for k in range(num_rungs):
-            log_p = np.log(sizes) + f - beta * finite[k][..., None]
-            log_p = np.where(np.isfinite(energy[k])[..., None] | (beta == 0), log_p, -np.inf)
-            p = np.exp(log_p - np.max(log_p, axis=-1, keepdims=True))
-            p /= np.sum(p, axis=-1, keepdims=True)
-            parts[k] = worth[k] * np.sum(p, axis=1)
-            total += np.sum(parts[k], axis=0)
-            rows = p.reshape(-1, num_rungs)
-            outer += worth[k] * rows.T @ rows
-        return sizes - total, np.diag(total) - outer, parts
+        for weight, each in zip(worth, energy, strict=True):
+            rows = shares(f, each).reshape(-1, num_rungs)
+            total += weight * np.sum(rows, axis=0)
+            outer += weight * rows.T @ rows
+        return (sizes - total)[1:], (np.diag(total) - outer)[1:, 1:]
 
     for _ in range(MOST_ROUNDS):
-        slope, curvature, parts = equations(f)
-        # log Z of the reference is 0 and stays so.
-        step = np.linalg.solve(curvature[1:, 1:], slope[1:])
+        slope, curvature = equations(f)
+        step = np.linalg.solve(curvature, slope)
         f[1:] += step / max(1.0, np.max(np.abs(step)))
         if np.max(np.abs(step)) < SOLVED:
             break
     else:
         raise EnergyError(
             f"MBAR's equations were not solved in {MOST_ROUNDS} rounds: the energies of neighbouring rungs do not "
-            "overlap. A larger target_ess of the pilot helps."
+            "overlap. More rungs help (a larger target_ess of the pilot, where one chooses them)."
         )
-    centred = (parts - np.mean(parts, axis=1, keepdims=True))[..., 1:].reshape(-1, num_rungs - 1)
-    spread = centred.T @ centred * num_chains / (num_chains - 1)
-    last = np.linalg.solve(curvature[1:, 1:], np.eye(num_rungs - 1)[-1])
-    return -f, float(np.sqrt(last @ spread @ last))
+    last = np.linalg.solve(curvature, np.eye(num_rungs - 1)[-1])
+    moved = np.stack([size * shares(f, each)[..., 1:] @ last for size, each in zip(sizes, energy, strict=True)])
+    return -f, moved - np.mean(moved, axis=(1, 2), keepdims=True)
 
 
 # The settings
