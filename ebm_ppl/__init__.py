@@ -11,6 +11,7 @@ from ebm_ppl.logz.bridge import Bridge
 from ebm_ppl.logz.fitted import FittedReference
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
+from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_energies, plot_smc
 from ebm_ppl.smc import SMC
@@ -53,6 +54,7 @@ __all__ = [
     "NestedSampling",
     "NoReferenceError",
     "NonFiniteEnergyError",
+    "ParallelTempering",
     "QuadraticEnergy",
     "ScaledEnergy",
     "SteppingStone",

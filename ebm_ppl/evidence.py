@@ -49,7 +49,8 @@ def log_z(
         key: from `jax.random.key`.
         target: from `ebm_ppl.target`.
         method: the estimator: `SMC()` (default), `FittedReference()`, `AIS()`, `BDMC()` (which brackets log Z),
-            `Bridge()`, `MBAR()`, `SteppingStone()`, `ThermodynamicIntegration()` or `NestedSampling()`.
+            `Bridge()`, `MBAR()`, `SteppingStone()`, `ThermodynamicIntegration()`, `ParallelTempering()` or
+            `NestedSampling()`.
         num_runs: independent runs. With one, the error is the run's own; with more, the larger of their spread and
             their own errors.
 

@@ -52,13 +52,13 @@ class Found:
 def stepping_stone(rungs: Rungs) -> Found:
     """See `SteppingStone`."""
     log_ratios, relative = stepping_stones(rungs)
-    return Found(float(np.sum(log_ratios)), _error_of(relative))
+    return Found(float(np.sum(log_ratios)), error_of(relative))
 
 
 def thermodynamic_integration(rungs: Rungs) -> Found:
     """See `ThermodynamicIntegration`."""
     value, relative, discretisation = thermodynamic(rungs)
-    sampling = _error_of(relative)
+    sampling = error_of(relative)
     found = Found(
         value,
         math.hypot(sampling, discretisation),
@@ -78,10 +78,10 @@ def thermodynamic_integration(rungs: Rungs) -> Found:
 def mbar(rungs: Rungs) -> Found:
     """See `MBAR`."""
     log_z, contributions = multistate(rungs)
-    return Found(float(log_z[-1]), _error_of(np.mean(contributions, axis=2)))
+    return Found(float(log_z[-1]), error_of(np.mean(contributions, axis=2)))
 
 
-def _error_of(contributions: np.ndarray) -> float:
+def error_of(contributions: np.ndarray) -> float:
     """Standard error of a sum over rungs of means over chains, from contributions of shape (rung, chain)."""
     return float(np.sqrt(np.sum(np.var(contributions, axis=1, ddof=1)) / contributions.shape[1]))
 
