@@ -13,6 +13,7 @@ from ebm_ppl.logz.consultation import Consultation
 from ebm_ppl.logz.fitted import FittedReference
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
+from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_compare, plot_energies, plot_sequential_evidence, plot_smc
 from ebm_ppl.sequential import sequential_evidence
@@ -57,6 +58,7 @@ __all__ = [
     "NestedSampling",
     "NoReferenceError",
     "NonFiniteEnergyError",
+    "ParallelTempering",
     "QuadraticEnergy",
     "ScaledEnergy",
     "SteppingStone",

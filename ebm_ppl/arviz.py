@@ -7,6 +7,7 @@
     particles          (chain, particle)  weighted originals of a particle method, with `log_weight`
     smc                (chain, stage)     its path: beta, ess, accept_rate, log_z_increment, ..., padded with NaN
     log_z              (chain)            its estimate of each independent run, by phase
+    tempering          (rung)             the ladder of parallel tempering: beta, rejection_rate, accept_rate, ...
 
 Names of dimensions come from the plates of the model, or from the user's `dims`.
 """
@@ -61,7 +62,7 @@ def to_datatree(
             tree[name].attrs.update(draws.attrs)
     if target.spec.observed:
         tree.attrs["data_id"] = _fingerprint(groups["observed_data"])
-    _add_particles(tree, target, draws, coords, dims)
+    _add_path(tree, target, draws, coords, dims)
     return tree
 
 
@@ -154,8 +155,8 @@ def _fingerprint(values: Mapping[str, np.ndarray]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
-def _add_particles(tree: xr.DataTree, target: Target, draws: Draws, coords: Coords | None, dims: Dims | None) -> None:
-    """The groups of particle methods, rectangular and safe for netCDF."""
+def _add_path(tree: xr.DataTree, target: Target, draws: Draws, coords: Coords | None, dims: Dims | None) -> None:
+    """The groups of tempered methods, rectangular and safe for netCDF."""
     import xarray as xr
 
     if draws.particles is not None:
@@ -170,3 +171,6 @@ def _add_particles(tree: xr.DataTree, target: Target, draws: Draws, coords: Coor
         tree["smc"] = xr.DataTree(xr.Dataset(path))
     if draws.log_z is not None:
         tree["log_z"] = xr.DataTree(xr.Dataset({name: ("chain", value) for name, value in draws.log_z.items()}))
+    if draws.tempering is not None:
+        rungs = {name: ("rung", value) for name, value in draws.tempering.items()}
+        tree["tempering"] = xr.DataTree(xr.Dataset(rungs))

@@ -6,6 +6,7 @@ prior_predictive, posterior_predictive       draws of the data, from the tilted 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -18,6 +19,8 @@ from ebm_ppl import mcmc
 from ebm_ppl.arviz import Coords, Dims, from_groups, prepare, to_datatree
 from ebm_ppl.evidence import weigh
 from ebm_ppl.kernels import NUTS
+from ebm_ppl.logz import tempering
+from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.mcmc import ChainState
 from ebm_ppl.probe import check_tails
 from ebm_ppl.smc import SMC
@@ -31,9 +34,9 @@ if TYPE_CHECKING:
 def sample(
     key: PRNGKey,
     target: Target,
-    sampler: mcmc.Sampler | SMC | None = None,
+    sampler: mcmc.Sampler | SMC | ParallelTempering | None = None,
     *,
-    num_chains: int = 4,
+    num_chains: int | None = None,
     num_warmup: int | None = None,
     num_samples: int | None = None,
     thin: int = 1,
@@ -50,10 +53,12 @@ def sample(
     Args:
         key: from `jax.random.key`.
         target: from `ebm_ppl.target`.
-        sampler: `NUTS()` (default), `HMC()`, `MALA()`, `MCLMC()` or `SMC()`.
-        num_chains: chains, on the CPU each in a thread, elsewhere batched; independent runs for `SMC`.
+        sampler: `NUTS()` (default), `HMC()`, `MALA()`, `MCLMC()`, `SMC()` or `ParallelTempering()`.
+        num_chains: chains (default 4), on the CPU each in a thread, elsewhere batched; independent runs for `SMC`,
+            the sampler's `num_replicas` for `ParallelTempering`.
         num_warmup: warm-up steps of each chain (default 500), which learn step size and metric from all chains.
-        num_samples: draws of each chain (default 1000); for `SMC` they are the sampler's `num_particles`.
+        num_samples: draws of each chain (default 1000); for `SMC` they are the sampler's `num_particles`, for
+            `ParallelTempering` its `num_draws`.
         thin: keep every `thin`-th draw.
         init: `"uniform"` on (-2, 2) in unconstrained space, `"reference"` for draws of the reference, or a
             dictionary of values of the latent sites.
@@ -64,8 +69,8 @@ def sample(
         log_likelihood: whether to keep the pointwise log likelihood, which `arviz.loo` needs.
 
     Returns:
-        A DataTree with groups `posterior`, `sample_stats`, `log_likelihood`, `observed_data`, and for `SMC` also
-        `particles`, `smc` and `log_z`.
+        A DataTree with groups `posterior`, `sample_stats`, `log_likelihood`, `observed_data`, for `SMC` also
+        `particles`, `smc` and `log_z`, and for `ParallelTempering` also `tempering`.
 
     Raises:
         IntractablePartitionError: where a partition function depends on latent sites and is not known.
@@ -84,7 +89,18 @@ def sample(
                 "num_samples, num_warmup, thin and state alone."
             )
         check_tails(target, needs_normalisation=True)
-        draws = weigh(key, target, sampler, num_chains, progress_bar)
+        draws = weigh(key, target, sampler, 4 if num_chains is None else num_chains, progress_bar)
+        return to_datatree(target, draws, coords=coords, dims=dims, log_likelihood=log_likelihood)
+    if isinstance(sampler, ParallelTempering):
+        if num_warmup is not None or state is not None or thin != 1:
+            raise EnergyError(
+                "ParallelTempering tunes itself in rounds that double up to num_samples, and starts from the "
+                "reference: set ParallelTempering(num_rounds=...), and leave num_warmup, thin and state alone."
+            )
+        check_tails(target, needs_normalisation=True)
+        given = {"num_replicas": num_chains, "num_draws": num_samples}
+        sampler = dataclasses.replace(sampler, **{name: num for name, num in given.items() if num is not None})
+        draws = tempering.draw(key, target, sampler)
         return to_datatree(target, draws, coords=coords, dims=dims, log_likelihood=log_likelihood)
     if state is None:
         check_tails(target, needs_normalisation=False)
@@ -92,7 +108,7 @@ def sample(
         key,
         target,
         sampler,
-        num_chains=num_chains,
+        num_chains=4 if num_chains is None else num_chains,
         num_warmup=500 if num_warmup is None else num_warmup,
         num_samples=1000 if num_samples is None else num_samples,
         thin=thin,
@@ -110,7 +126,7 @@ def prior_predictive(
     target: Target,
     *,
     num_samples: int = 1000,
-    sampler: mcmc.Sampler | SMC | None = None,
+    sampler: mcmc.Sampler | SMC | ParallelTempering | None = None,
     coords: Coords | None = None,
     dims: Dims | None = None,
 ) -> xr.DataTree:
@@ -120,7 +136,8 @@ def prior_predictive(
 
     Args:
         num_samples: draws, or particles of the default SMC.
-        sampler: what draws from a tilted prior: SMC by default, or a Markov chain.
+        sampler: what draws from a tilted prior: SMC by default, or a Markov chain, or `ParallelTempering`, whose own
+            `num_draws` hold.
     """
     key_draw, key_predict = jax.random.split(as_key(key))
     prior = target.prior()
@@ -137,7 +154,11 @@ def prior_predictive(
     return tree
 
 
-def _prior_draws(key: PRNGKey, prior: Target, num_samples: int, sampler: mcmc.Sampler | SMC | None) -> Draws:
+def _prior_draws(
+    key: PRNGKey, prior: Target, num_samples: int, sampler: mcmc.Sampler | SMC | ParallelTempering | None
+) -> Draws:
+    if isinstance(sampler, ParallelTempering):
+        return tempering.draw(key, prior, sampler)
     if sampler is None or isinstance(sampler, SMC):
         sampler = SMC(num_particles=num_samples + num_samples % 2) if sampler is None else sampler
         return weigh(key, prior, sampler, num_runs=1, progress_bar=False)

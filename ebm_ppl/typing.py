@@ -169,6 +169,7 @@ class Draws:
         particles: weighted originals: `z` of shape (chain, particle, dim) and `log_weight` (chain, particle).
         stages: the path of a tempered run, each of shape (chain, stage) padded with NaN.
         log_z: per-run estimates, each of shape (chain,).
+        tempering: the ladder of parallel tempering, each of shape (rung,).
     """
 
     z: Array
@@ -177,6 +178,7 @@ class Draws:
     particles: dict[str, Array] | None = None
     stages: dict[str, np.ndarray] | None = None
     log_z: dict[str, np.ndarray] | None = None
+    tempering: dict[str, np.ndarray] | None = None
 
 
 def log_mean(log_values: np.ndarray) -> float:

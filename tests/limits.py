@@ -25,3 +25,9 @@ def chi2_limits(num: int, degrees: int) -> tuple[float, float]:
     """Smallest and largest sum of `degrees` squared scores, in each of `num` sums."""
     each = _each(num)
     return float(st.chi2.ppf(each / 2, degrees)), float(st.chi2.isf(each / 2, degrees))
+
+
+def f_limits(num: int, top: int, bottom: int) -> tuple[float, float]:
+    """Smallest and largest ratio of two mean squares of so many degrees of freedom, in each of `num` ratios."""
+    each = _each(num)
+    return float(st.f.ppf(each / 2, top, bottom)), float(st.f.isf(each / 2, top, bottom))

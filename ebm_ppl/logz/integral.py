@@ -2,6 +2,7 @@
 
     log E_{pi_0}[exp(-U)]        `Estimator.integrate(key, target) -> Integral`, one run
     (log pi_0(z), U(z))          `total_energy`
+    z ~ pi_0, U(z)               `draw_reference`
     how good weights are         `effective_share`, `pareto_k`
     how good chains are          `effective_size`, `disagreement`
     what a run of SMC says       `opinion_of`
@@ -71,6 +72,13 @@ def total_energy(target: Tilted, z: Array) -> tuple[Array, Array]:
     """`(log pi_0(z), U(z))` with all energies added up: what an integral over the reference is made of."""
     log_reference, stages = target.staged_terms(z)
     return log_reference, jnp.sum(stages)
+
+
+def draw_reference(key: PRNGKey, target: Tilted) -> tuple[Array, Array]:
+    """A draw and its energy, NaN where the draw fell off the end of floating-point numbers."""
+    z = target.sample_reference(key)
+    log_reference, energy = total_energy(target, z)
+    return z, jnp.where(jnp.isfinite(log_reference), energy, jnp.nan)
 
 
 def check_energies(energies: np.ndarray, where: str) -> int:

@@ -45,7 +45,7 @@ from blackjax.ns.base import StateWithLogLikelihood
 from scipy.stats import kstest
 
 from ebm_ppl import parallel
-from ebm_ppl.logz.integral import Integral, check_energies, total_energy
+from ebm_ppl.logz.integral import Integral, check_energies, draw_reference, total_energy
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, DegenerateParticlesError, EnergyError, NonFiniteEnergyError, PRNGKey
 
@@ -162,7 +162,7 @@ def _draw(key: PRNGKey, target: Tilted, method: NestedSampling) -> Drawn:
     wanted, points, energies = method.num_live, [], []
     while sum(map(len, points)) < wanted and len(energies) < MOST_BATCHES:
         keys = jax.random.split(jax.random.fold_in(key, len(energies)), wanted)
-        parts = jax.device_get(parallel.over(_reference, parallel.split(keys), target, hurry=True))
+        parts = jax.device_get(parallel.over(draw_reference, parallel.split(keys), target, hurry=True))
         z, energy = map(np.concatenate, zip(*parts, strict=True))
         energies.append(energy)
         points.append(z[energy < np.inf])
@@ -175,13 +175,6 @@ def _draw(key: PRNGKey, target: Tilted, method: NestedSampling) -> Drawn:
         )
     energy = energy[: np.flatnonzero(energy < np.inf)[wanted - 1] + 1]
     return Drawn(z[:wanted], len(energy), int(np.sum(np.isnan(energy))))
-
-
-def _reference(key: PRNGKey, target: Tilted) -> tuple[Array, Array]:
-    """A draw and its energy, NaN where the draw fell off the end of floating-point numbers."""
-    z = target.sample_reference(key)
-    log_reference, energy = total_energy(target, z)
-    return z, jnp.where(jnp.isfinite(log_reference), energy, jnp.nan)
 
 
 class Step(NamedTuple):

@@ -11,7 +11,7 @@ from problems import PROBLEMS
 from scipy.signal import lfilter
 
 import ebm_ppl as ebm
-from ebm_ppl.logz.path import Rungs
+from ebm_ppl.logz.ladder import Rungs
 
 NUM_RUNS = 20
 CHAINS = 16
