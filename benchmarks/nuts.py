@@ -27,6 +27,7 @@ from typing import Any
 
 import models
 import numpy as np
+from served import Served
 
 Arrays = dict[str, np.ndarray]
 TOOLS = ("ebm_ppl", "numpyro", "numpyro_set", "nutpie")
@@ -296,27 +297,16 @@ def serve(request: dict[str, Any]) -> None:
         print(json.dumps(dataclasses.asdict(measure(made, name, data, int(seed)))), file=answers, flush=True)
 
 
-class Served:
+class Tool:
     """A tool in a process of its own."""
 
     def __init__(self, name: str, tool: str):
-        command = [sys.executable, __file__, "--serve", json.dumps({"model": name, "tool": tool})]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=environment(tool), **pipes)
-        self.label = self._answer()
+        request = json.dumps({"model": name, "tool": tool})
+        self.served = Served([sys.executable, __file__, "--serve", request], environment(tool))
+        self.label = self.served.answer()
 
     def measure(self, seed: int) -> Measured:
-        print(seed, file=self.process.stdin, flush=True)
-        return Measured(**json.loads(self._answer()))
-
-    def stop(self) -> None:
-        self.process.communicate()
-
-    def _answer(self) -> str:
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"The process of {self.process.args} ended with {self.process.wait()}.")
-        return answer.strip()
+        return Measured(**json.loads(self.served.ask(seed)))
 
 
 def environment(tool: str) -> dict[str, str]:
@@ -331,13 +321,13 @@ def environment(tool: str) -> dict[str, str]:
 
 def warm(name: str, tools: list[str], seeds: int) -> dict[str, list[Measured]]:
     """All seeds of all tools on a model, in turns; keyed by the tool, with NumPyro's chain method."""
-    served = [Served(name, tool) for tool in tools]
-    found: dict[str, list[Measured]] = {tool.label: [] for tool in served}
+    asked = [Tool(name, tool) for tool in tools]
+    found: dict[str, list[Measured]] = {tool.label: [] for tool in asked}
     for seed in range(seeds):
-        for tool in served:
+        for tool in asked:
             found[tool.label].append(tool.measure(seed + 1))
-    for tool in served:
-        tool.stop()
+    for tool in asked:
+        tool.served.stop()
     return found
 
 
