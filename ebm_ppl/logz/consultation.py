@@ -45,7 +45,7 @@ class Consultation:
         tol: standard error wanted, in nats.
         budget: bound on the evaluations of the second opinion and its repetition, as far as they can be foreseen; the
             first opinion is always heard.
-        first: settings of the fitted reference, whose `tol` is this one's.
+        first: settings of the fitted reference.
         nested: the pilot of the second opinion in few dimensions.
         tempered: the second opinion in many.
     """
@@ -66,12 +66,12 @@ class Consultation:
     def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
         """log Z of all energies of a target at once, with the story of how it was reached."""
         key_first, key_second = jax.random.split(key)
-        first = _doubted(dataclasses.replace(self.first, tol=self.tol).integrate(key_first, target))
+        first = _doubted(self.first.integrate(key_first, target))
         if not first.doubts and first.std_error <= self.tol:
             return dataclasses.replace(first, story=(*first.story, "clean: no second opinion is needed"))
         story = (*first.story, *(f"not clean: {doubt}" for doubt in first.doubts))
         try:
-            second = self._second(key_second, target, self.budget - first.num_evaluations)
+            second = self._second(key_second, target, first)
         except EnergyError as error:
             doubt = f"There is no second opinion to settle the doubts about the first: {error}"
             return dataclasses.replace(first, story=story, doubts=(*first.doubts, doubt))
@@ -87,8 +87,13 @@ class Consultation:
             diagnostics={"first": first.value, "second": second.value, **first.diagnostics, **second.diagnostics},
         )
 
-    def _second(self, key: PRNGKey, target: Tilted, budget: float) -> Integral:
-        """The opinion of another family; once more, as much larger as its error wants, where the budget allows."""
+    def _second(self, key: PRNGKey, target: Tilted, first: Integral) -> Integral:
+        """The opinion of another family; the same again, to a smaller error, where that was all that was wrong."""
+        if not first.doubts:
+            return dataclasses.replace(self.first, tol=self.tol).integrate(key, target)
+        budget = self.budget - first.num_evaluations
+        if budget <= 0:
+            raise EnergyError(f"the budget of {self.budget:g} evaluations is used up.")
         ask = self._by_nested if target.dim <= MOST_COORDINATES else self._by_tempering
         key, key_again = jax.random.split(key)
         second = ask(key, target, 1.0)
@@ -106,7 +111,7 @@ class Consultation:
     def _by_nested(self, key: PRNGKey, target: Tilted, larger: float) -> Integral:
         live, delete = (math.ceil(num * larger) for num in (self.nested.num_live, self.nested.num_delete))
         pilot = dataclasses.replace(self.nested, num_live=live, num_delete=delete)
-        return dataclasses.replace(self.first, tol=self.tol, pilot=pilot).integrate(key, target)
+        return dataclasses.replace(self.first, pilot=pilot).integrate(key, target)
 
     def _by_tempering(self, key: PRNGKey, target: Tilted, larger: float) -> Integral:
         num = 2 * math.ceil(self.tempered.num_particles * larger / 2)

@@ -64,8 +64,6 @@ TAILS_SHARE = 0.1
 """Share of q that has heavy tails."""
 WORTHWHILE = 1.1
 """Factor by which a refit must raise the effective share of the draws for another to follow."""
-MOST_RUNS = 16
-"""Of SMC from the fitted reference, for the standard error wanted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +71,8 @@ class FittedReference:
     """log Z by importance sampling, or a short path of SMC, from a reference fitted to a pilot's particles.
 
     Args:
-        tol: standard error wanted, in nats. The estimate gets as many evaluations as the search for its reference
-            took, and more where this wants them.
+        tol: standard error wanted, in nats. Without one the estimate gets as many evaluations as the search for its
+            reference took.
         num_ascents: how often a mode is looked for, by gradient ascent from draws of the reference (a quarter of them
             from particles of the pilot).
         num_draws: draws of a refit, and fewest of the estimate: 2^4 at least, a power of two.
@@ -145,7 +143,7 @@ class FittedReference:
         if isinstance(self.pilot, NestedSampling):
             return pilot.opinion, "the pilot", 0.0
         near = final.effective_share >= SMALL_SHARE
-        found = _by_path(key, reference if near else target, self)
+        found = opinion_of(smc.run(key, reference if near else target, self.fallback, progress_bar=False))
         return found, f"SMC from the {'fitted' if near else 'own'} reference", found.num_evaluations
 
 
@@ -176,19 +174,6 @@ def _pilot(key: PRNGKey, target: Tilted, method: SMC | NestedSampling) -> Pilot:
     weights = jnp.asarray(np.exp(log_weight - np.logaddexp.reduce(log_weight)))
     cloud = z[np.asarray(systematic(key_cloud, weights, CLOUD))]
     return Pilot(cloud.astype(weights.dtype), opinion, found.doubts, f"pilot: {found.story[-1]}")
-
-
-def _by_path(key: PRNGKey, target: Tilted, method: FittedReference) -> Opinion:
-    """SMC, and as many more runs as the error wanted asks for."""
-    once = opinion_of(smc.run(key, target, method.fallback, progress_bar=False))
-    wanted = 1.0 if method.tol is None else (once.std_error / method.tol) ** 2
-    more = min(math.ceil(wanted), MOST_RUNS)
-    if more == 1 or once.drift > UNSETTLED:
-        return once
-    runs = opinion_of(smc.run(jax.random.fold_in(key, 1), target, method.fallback, num_runs=more, progress_bar=False))
-    return runs._replace(
-        num_evaluations=runs.num_evaluations + once.num_evaluations, num_nan=runs.num_nan + once.num_nan
-    )
 
 
 class Search(NamedTuple):
@@ -266,8 +251,8 @@ def _with_modes(mixture: StudentMixture, modes: Modes, log_z: float) -> StudentM
 
 def _enough(seen: Weighed, spent: float, method: FittedReference) -> int:
     """Draws of the estimate, a power of two, if they are as good as those seen."""
-    wanted = 0.0 if method.tol is None else seen.num * (seen.std_error / method.tol) ** 2
-    wanted = min(max(spent, wanted, method.num_draws), method.max_draws)
+    wanted = spent if method.tol is None else seen.num * (seen.std_error / method.tol) ** 2
+    wanted = min(max(wanted, method.num_draws), method.max_draws)
     return 2 ** math.ceil(math.log2(wanted))
 
 

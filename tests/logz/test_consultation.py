@@ -24,9 +24,10 @@ def opinion(value, std_error, *doubts):
 
 
 def consult(monkeypatch, first, second, **settings):
-    """What comes of two given opinions."""
-    monkeypatch.setattr(ebm.FittedReference, "integrate", lambda self, key, target: first)
-    monkeypatch.setattr(ebm.Consultation, "_by_nested", lambda self, key, target, larger: second)
+    """What comes of two given opinions, the second of either family."""
+    opinions = iter([first, second])
+    monkeypatch.setattr(ebm.FittedReference, "integrate", lambda self, key, target: next(opinions))
+    monkeypatch.setattr(ebm.Consultation, "_by_nested", lambda self, key, target, larger: next(opinions))
     return ebm.Consultation(**settings).integrate(jax.random.key(0), PROBLEMS["regression"].target())
 
 
@@ -62,7 +63,7 @@ def test_two_clean_opinions_must_agree(monkeypatch):
 
 
 def test_an_error_above_the_one_wanted_is_a_doubt(monkeypatch):
-    found = consult(monkeypatch, opinion(-5.0, 0.01, "heavy tails"), opinion(-3.0, 0.2), budget=150.0)
+    found = consult(monkeypatch, opinion(-5.0, 0.01, "heavy tails"), opinion(-3.0, 0.2), budget=250.0)
     assert (found.value, found.std_error) == (-3.0, 0.2)
     assert found.doubts == ("The standard error is 0.200, where 0.05 was wanted: raise budget.",)
 
@@ -91,6 +92,11 @@ def test_a_second_opinion_that_fails_leaves_the_doubts(monkeypatch):
     assert found.value == -5.0 and found.doubts[0] == "heavy tails" and "flat" in found.doubts[1]
 
 
+def test_no_second_opinion_beyond_the_budget(monkeypatch):
+    found = consult(monkeypatch, opinion(-5.0, 0.01, "heavy tails"), None, budget=50.0)
+    assert found.value == -5.0 and found.doubts[0] == "heavy tails" and "used up" in found.doubts[1]
+
+
 def test_default_of_log_z():
     problem = PROBLEMS["regression"]
     found = ebm.log_z(jax.random.key(0), problem.target())
@@ -112,7 +118,7 @@ def test_many_coordinates_get_a_second_opinion_by_tempering():
         ebm.energy_factor("observed", 0.5 * (x**2).sum(), role="loss")
 
     method = ebm.Consultation(tempered=ebm.SMC(num_particles=200))
-    found = method._second(jax.random.key(0), ebm.target(model), 1e9)
+    found = method._second(jax.random.key(0), ebm.target(model), opinion(0.0, 0.01, "heavy tails"))
     exact = -(MOST_COORDINATES + 1) / 2 * 0.6931471805599453
     assert abs(found.value - exact) < 4 * found.std_error and "own reference" in found.story[-1]
     assert "times larger" in found.story[1]

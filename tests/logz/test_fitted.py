@@ -11,7 +11,8 @@ from limits import chi2_limits, t_limit
 from problems import FUNNEL_IN_A_BOX, PROBLEMS, funnel_in_a_box
 
 import ebm_ppl as ebm
-from ebm_ppl.logz.fitted import BLOCKS, LARGEST_K
+from ebm_ppl.logz.fitted import HAS_VARIANCE, IMPORTANCE, LARGEST_K
+from ebm_ppl.logz.importance import BLOCKS
 
 NUM_RUNS = 12
 SMALL = ebm.SMC(num_particles=300, target_ess=0.5, num_moves=2)
@@ -38,10 +39,10 @@ def test_estimate_and_its_error(name):
     assert np.max(np.abs(scores)) < LIMIT
     assert np.mean(np.abs(scores) < 2) > 0.6  # 94 % are expected; a right answer fails in one of 3000 suites
     for each in found:
-        by_weights = each.diagnostics["pareto_k"] <= LARGEST_K
-        assert each.diagnostics["branch"] == ("importance sampling" if by_weights else "SMC")
+        k = each.diagnostics["pareto_k"]
+        assert k <= LARGEST_K if each.diagnostics["branch"] == IMPORTANCE else k > HAS_VARIANCE
         assert each.num_evaluations > 2 * 1024 and "log Z" in each.story[-1] and not each.doubts
-    weighed = [each for each in found if each.diagnostics["branch"] == "importance sampling"]
+    weighed = [each for each in found if each.diagnostics["branch"] == IMPORTANCE]
     assert len(weighed) > NUM_RUNS / 2 and max(each.std_error for each in weighed) < 0.015
 
 
@@ -71,7 +72,7 @@ def test_heavy_tails_are_left_to_smc(monkeypatch):
     found, scores = runs("regression", small(tol=0.05, fallback=SMALL))
     low, high = chi2_limits(1, NUM_RUNS)
     assert low < np.sum(scores**2) < high
-    assert {each.diagnostics["branch"] for each in found} == {"SMC"}
+    assert {each.diagnostics["branch"] for each in found} == {"SMC from the fitted reference"}
 
 
 def test_a_reference_that_does_not_fit_is_a_doubt():

@@ -115,14 +115,15 @@ def test_little_below_a_wide_plateau_is_a_doubt():
 def test_volumes_count_live_points_as_blackjax_does():
     """Two steps, the second with a tie to the first contour, and a tie among the live points of the end."""
     steps = [
-        Step(np.array([0.0, 1.0]), np.array(1.0), np.array([3.0, 3.0]), np.array([2.0, 3.0]), np.array(9.0)),
-        Step(np.array([1.0, 2.0]), np.array(2.0), np.array([3.0, 3.0]), np.array([5.0, 4.0]), np.array(9.0)),
+        Step(death[:, None], death, death[-1], np.array([3.0, 3.0]), born, np.array(9.0))
+        for death, born in ((np.array([0.0, 1.0]), np.array([2.0, 3.0])), (np.array([1.0, 2.0]), np.array([5.0, 4.0])))
     ]
     live = np.array([3.0, 3.0, 4.0, 5.0])
-    run = Run(Drawn(np.zeros((4, 1)), 4, 0), live, steps, np.empty((0, 2)), 1)
+    run = Run(Drawn(np.zeros((4, 1)), 4, 0), live[:, None], live, steps, np.empty((0, 2)), 1)
     birth = np.array([np.nan, np.nan, np.nan, 1.0, np.nan, 1.0, 2.0, 2.0])
     nothing = np.zeros(len(birth))
     theirs = compute_num_live(NSInfo(StateWithLogLikelihood(nothing, nothing, run.deaths, birth), None))
+    assert run.z[:, 0].tolist() == run.deaths.tolist()  # each point beside its own -U
     assert run.num_live.tolist() == np.asarray(theirs).tolist() == [4, 3, 2, 3, 4, 3, 2, 1]
 
 
