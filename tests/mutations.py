@@ -199,7 +199,7 @@ MUTATIONS = (
     ),
     Mutation(
         "one scrambling for all blocks",
-        "logz/fitted.py",
+        "logz/importance.py",
         "np.random.default_rng(seed)",
         "np.random.default_rng(0 * seed)",
         ("logz/test_fitted.py::test_constant_energy_is_integrated_exactly",),

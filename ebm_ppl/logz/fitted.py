@@ -55,6 +55,7 @@ FAIR_SHARE = 0.1
 """Effective share of the draws below which a heavy tail may not have shown itself."""
 HAS_VARIANCE = 0.5
 """Of Pareto's k: below it the weights have a finite variance."""
+MOST_SEARCHES = 8
 SMALL_SHARE = 0.01
 """Effective share of the draws below which the path from the fitted reference is not the shorter one."""
 REMEDY = "A larger pilot, or a reparametrised model, helps."
@@ -74,7 +75,8 @@ class FittedReference:
         tol: standard error wanted, in nats. Without one the estimate gets as many evaluations as the search for its
             reference took.
         num_ascents: how often a mode is looked for, by gradient ascent from draws of the reference (a quarter of them
-            from particles of the pilot).
+            from particles of the pilot). Where some of the modes have been met only once, others may not have been:
+            so again, from other draws, up to eight times.
         num_draws: draws of a refit, and fewest of the estimate: 2^4 at least, a power of two.
         max_draws: bound on the draws of the estimate.
         max_refits: bound on the fits after the first.
@@ -190,7 +192,7 @@ def _search(
 ) -> Search:
     """Fits to the cloud and to weighted draws of the fits before, for as long as they get better."""
     modes, evaluations = _modes(jax.random.fold_in(key, method.max_refits + 1), target, cloud, method.num_ascents)
-    story.append(f"{method.num_ascents} ascents: {len(modes.z)} modes")
+    story.append(f"{np.sum(modes.hits)} ascents arrived: {len(modes.z)} modes, {modes.num_once} of them met once")
     room = len(cloud) + method.max_refits * method.num_draws
     points, weights = np.zeros((room, target.dim), cloud.dtype), np.zeros(room, cloud.dtype)
     points[: len(cloud)], weights[: len(cloud)], filled = cloud, 0.5, len(cloud)
@@ -218,10 +220,19 @@ def _search(
 
 
 def _modes(key: PRNGKey, target: Tilted, cloud: np.ndarray, num: int) -> tuple[Modes, int]:
-    """Modes by ascents from draws of the reference, and a few from the cloud."""
+    """Modes by ascents from draws of the reference, and a few from the cloud, until none has been met only once."""
     few = num // 4
     starts = np.concatenate([draw_own(key, target, num - few), cloud[:few]])
-    return find_modes(target, starts, np.std(starts, axis=0))
+    deviation = np.std(starts, axis=0)
+    modes, evaluations = find_modes(target, starts, deviation)
+    for again in range(1, MOST_SEARCHES):
+        # Where most have been met only once they are beyond counting, and no search would end.
+        if not 0 < modes.num_once < len(modes.z) / 2:
+            break
+        starts = draw_own(jax.random.fold_in(key, again), target, num)
+        modes, more = find_modes(target, starts, deviation, modes)
+        evaluations += more
+    return modes, evaluations
 
 
 def _unaccounted(modes: Modes, mixture: StudentMixture, log_z: float) -> np.ndarray:

@@ -7,9 +7,11 @@
 A tempered path meets a narrow mode only by luck; an ascent finds it from anywhere in its basin. What is found here is a
 proposal and no estimate: the weights of its draws say what a mode is worth.
 
+    unseen      about the share of ascents that would end at a mode not met yet: that of the modes met once (Good 1953)
+
 References:
-    Liu and Nocedal (1989), On the limited memory BFGS method; Tierney and Kadane (1986), Accurate approximations for
-    posterior moments.
+    Good (1953), The population frequencies of species and the estimation of population parameters; Liu and Nocedal
+    (1989), On the limited memory BFGS method; Tierney and Kadane (1986), Accurate approximations for posterior moments.
 """
 
 from __future__ import annotations
@@ -43,6 +45,18 @@ class Modes(NamedTuple):
     log_density: np.ndarray
     scale: DenseScale
     """Of each, with leading axis (mode,)."""
+    hits: np.ndarray
+    """How many ascents ended there, (mode,)."""
+
+    @property
+    def num_once(self) -> int:
+        """Modes that one ascent alone has met."""
+        return int(np.sum(self.hits == 1))
+
+    @property
+    def unseen(self) -> float:
+        """About the share of ascents that would end at another mode."""
+        return self.num_once / max(int(np.sum(self.hits)), 1)
 
     @property
     def log_mass(self) -> np.ndarray:
@@ -51,11 +65,14 @@ class Modes(NamedTuple):
         return self.log_density + log_volume + self.z.shape[1] / 2 * np.log(2 * np.pi)
 
 
-def find_modes(target: Tilted, starts: np.ndarray, deviation: np.ndarray) -> tuple[Modes, int]:
+def find_modes(
+    target: Tilted, starts: np.ndarray, deviation: np.ndarray, known: Modes | None = None
+) -> tuple[Modes, int]:
     """The modes that ascents from `starts`, shape (num, dim), arrive at, and the evaluations that it took.
 
     Args:
         deviation: standard deviations that the ascents take for units, shape (dim,).
+        known: modes that were found before, to which the others are added.
     """
     parts = parallel.over(_ascend, parallel.split(jnp.asarray(starts)), target, jnp.asarray(deviation))
     found = jax.tree.map(lambda *xs: np.concatenate(xs), *jax.device_get(parts))
@@ -63,23 +80,32 @@ def find_modes(target: Tilted, starts: np.ndarray, deviation: np.ndarray) -> tup
     arrived &= np.isfinite(log_density) & np.all(np.isfinite(z), axis=1)
     z, log_density = z[arrived], log_density[arrived]
     num_evaluations = int(np.sum(evaluations))
-    kept: list[tuple[np.ndarray, float, DenseScale]] = []
+    kept = _listed(known) if known else []
     for i in np.argsort(-log_density):
-        if any(_distance(z[i], mode, scale) < SAME for mode, _, scale in kept):
+        near = next((mode for mode in kept if _distance(z[i], mode.z, mode.scale) < SAME), None)
+        if near is not None:
+            near.hits[...] += 1
             continue
         scale, curved = jax.device_get(parallel.once(_touching, z[i], target))
         num_evaluations += 2 * target.dim
         if curved:
-            kept.append((z[i], log_density[i], scale))
+            kept.append(Modes(z[i], log_density[i], scale, np.array(1)))
     if not kept:
         dim = target.dim
-        return Modes(np.empty((0, dim)), np.empty(0), DenseScale(*2 * [jnp.empty((0, dim, dim))])), num_evaluations
-    modes, heights, scales = zip(*kept, strict=True)
-    scale: Any = jax.tree.map(lambda *xs: np.stack(xs), *scales)
-    return Modes(np.stack(modes), np.array(heights), scale), num_evaluations
+        nothing = Modes(np.empty((0, dim)), np.empty(0), DenseScale(*2 * [jnp.empty((0, dim, dim))]), np.empty(0, int))
+        return nothing, num_evaluations
+    kept.sort(key=lambda mode: -float(mode.log_density))
+    modes: Any = jax.tree.map(lambda *xs: np.stack(xs), *kept)
+    return modes, num_evaluations
+
+
+def _listed(modes: Modes) -> list[Modes]:
+    """Each mode by itself."""
+    return [jax.tree.map(lambda x, i=i: np.array(x[i]), modes) for i in range(len(modes.hits))]
 
 
 def _distance(z: np.ndarray, mode: np.ndarray, scale: DenseScale) -> float:
+    """For each dimension, in standard deviations of the mode."""
     return float(np.linalg.norm(np.asarray(scale.inverse) @ (z - mode)) / np.sqrt(len(z)))
 
 

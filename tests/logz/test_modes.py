@@ -9,6 +9,7 @@ import pytest
 from problems import PROBLEMS
 
 import ebm_ppl as ebm
+from ebm_ppl.logz.fitted import _modes
 from ebm_ppl.logz.modes import find_modes
 
 STARTS = np.random.default_rng(0).normal(0, 3, (32, 8))
@@ -42,6 +43,25 @@ def test_modes_come_once_each_and_the_highest_first():
     found, _ = modes(ebm.target(model))
     np.testing.assert_allclose(found.z[:, 0], [0.0, 5.0, -4.0], atol=0.05)
     assert np.all(np.diff(found.log_density) < 0)
+
+
+def test_modes_are_looked_for_until_none_has_been_met_only_once():
+    """Twelve modes of unequal basins: the first ascents miss some of them, and say so."""
+    centres = np.stack(np.meshgrid([-15.0, -5.0, 5.0, 15.0], [-12.0, 0.0, 12.0]), axis=-1).reshape(-1, 2)
+
+    def model():
+        x = numpyro.sample("x", dist.Normal(0.0, 10.0).expand([2]).to_event(1))
+        density = jax.nn.logsumexp(dist.Normal(centres, 0.5).log_prob(x).sum(-1))
+        ebm.energy_factor("mixture", -density, role="loss")
+
+    target, deviation = ebm.target(model), np.full(2, 10.0)
+    cloud = np.random.default_rng(0).normal(0, 10, (100, 2))
+    few, _ = find_modes(target, cloud[:24], deviation)
+    assert few.num_once > 0 and few.unseen == few.num_once / few.hits.sum() and len(few.z) < 12
+    all_of_them, evaluations = _modes(jax.random.key(0), target, cloud, 24)
+    assert len(all_of_them.z) == 12 and evaluations > 24 * 8
+    again, _ = find_modes(target, cloud[:24], deviation, few)
+    np.testing.assert_array_equal(again.hits, 2 * few.hits)
 
 
 def test_a_density_without_a_mode_has_none():
