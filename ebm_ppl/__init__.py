@@ -11,6 +11,7 @@ from ebm_ppl.logz.annealing import AIS, BDMC
 from ebm_ppl.logz.bridge import Bridge
 from ebm_ppl.logz.consultation import Consultation
 from ebm_ppl.logz.fitted import FittedReference
+from ebm_ppl.logz.laplace import Laplace
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
 from ebm_ppl.logz.tempering import ParallelTempering
@@ -53,6 +54,7 @@ __all__ = [
     "FunctionEnergy",
     "IncomparableError",
     "IntractablePartitionError",
+    "Laplace",
     "LogZ",
     "MLPEnergy",
     "NestedSampling",

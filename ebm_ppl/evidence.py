@@ -53,8 +53,8 @@ def log_z(
         target: from `ebm_ppl.target`.
         method: the estimator. Without one, `Consultation()`: a fitted reference, and a second opinion of another family
             where the first is not clean. Or one alone: `SMC()`, `FittedReference()`, `AIS()`, `BDMC()` (which brackets
-            log Z), `Bridge()`, `MBAR()`, `SteppingStone()`, `ThermodynamicIntegration()`, `ParallelTempering()` or
-            `NestedSampling()`.
+            log Z), `Bridge()`, `MBAR()`, `SteppingStone()`, `ThermodynamicIntegration()`, `ParallelTempering()`,
+            `NestedSampling()` or `Laplace()` (an approximation, with no error bar).
         tol: standard error wanted, in nats, of the default (.05 where nothing is said).
         budget: bound on the evaluations of its second opinion.
         num_runs: independent runs. With one, the error is the run's own; with more, the larger of their spread and
