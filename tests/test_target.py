@@ -167,7 +167,9 @@ def test_constrain_gives_latents_and_deterministics():
 def test_dims_are_the_plates():
     dims = dict(made("nested plates").spec.dims)
     assert dims == {"mean": ("group", None), "sd": ("group", "member"), "y": ("group", "member")}
-    assert dict(made("factors").spec.dims) == {"x": (None,)}
+    dims = dict(made("factors").spec.dims)
+    assert dims["x"] == dims["smooth"] == dims["misfit"] == (None,)
+    assert dims["each"] == dims["plain"] == ("element", None)  # a factor's value, the empty vector, has an axis too
 
 
 def test_log_likelihood_is_pointwise_and_of_data_only():

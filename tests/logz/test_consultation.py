@@ -104,6 +104,7 @@ def test_default_of_log_z():
     assert abs(found.value - problem.log_z) < 4 * found.std_error < 4 * 0.05
 
 
+@pytest.mark.slow
 def test_a_funnel_is_right_or_in_doubt():
     """The particles of SMC miss the neck by more than a nat, nested sampling goes there."""
     found = ebm.Consultation(first=FIRST, nested=NESTED).integrate(jax.random.key(0), ebm.target(funnel_in_a_box))
