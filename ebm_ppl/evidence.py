@@ -22,9 +22,9 @@ import numpy as np
 from ebm_ppl import smc
 from ebm_ppl.arviz import data_id
 from ebm_ppl.logz.consultation import Consultation
-from ebm_ppl.logz.integral import Estimator, Integral, error_of_mean
+from ebm_ppl.logz.integral import Estimator, Integral, error_of_mean, warn_of
 from ebm_ppl.probe import check_tails
-from ebm_ppl.smc import SMC, UNSETTLED
+from ebm_ppl.smc import SMC, lagging
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Draws, EnergyError, EnergyWarning, LogZ, PRNGKey, as_key, log_mean
 
@@ -80,7 +80,7 @@ def log_z(
     if isinstance(method, SMC):
         return _of_path(weigh(key, target, method, num_runs, progress_bar), data_id(target))
     found = _of_integrals(key, target, method, num_runs)
-    _warn(found)
+    warn_of(found.diagnostics["num_nan_energy"], found.doubts, stacklevel=3)
     return found
 
 
@@ -127,7 +127,7 @@ def _of_path(draws: Draws, fingerprint: str | None) -> LogZ:
         replicates=values,
         data_id=fingerprint,
         diagnostics=diagnostics | {"run_std_errors": errors.tolist()},
-        doubts=_lagging(draws.attrs),
+        doubts=lagging(float(draws.attrs.get("largest_drift", 0.0))),
     )
 
 
@@ -193,19 +193,6 @@ def _told(runs: Mapping[str, list[Integral]]) -> list[str]:
     return lines
 
 
-def _lagging(attrs: Mapping[str, Any]) -> tuple[str, ...]:
-    """The doubt about particles that lag behind their targets, where they do."""
-    drift = float(attrs.get("largest_drift", 0.0))
-    if not drift > UNSETTLED:
-        return ()
-    return (
-        f"The moves of SMC carried a coordinate's mean by {drift:.1f} standard errors along the path, where 0 is "
-        "expected: the particles lag behind their targets, and log Z and the posterior may be off by far more than "
-        "the stated error. More moves (num_moves), a larger target_ess or a reparametrised model help; more "
-        "particles alone do not. smc['drift'] has the path.",
-    )
-
-
 def _check_particles(draws: Draws) -> None:
     """Counts NaN energies aloud, and says where the particles lag behind or single precision is too coarse."""
     if draws.attrs.get("num_nan_energy"):
@@ -215,7 +202,7 @@ def _check_particles(draws: Draws) -> None:
             EnergyWarning,
             stacklevel=4,
         )
-    for doubt in _lagging(draws.attrs):
+    for doubt in lagging(float(draws.attrs.get("largest_drift", 0.0))):
         warnings.warn(doubt, EnergyWarning, stacklevel=4)
     largest = float(draws.attrs.get("largest_mean_energy", 0.0))
     if largest > LARGE_ENERGY and draws.z.dtype == jnp.float32:
@@ -226,15 +213,6 @@ def _check_particles(draws: Draws) -> None:
             EnergyWarning,
             stacklevel=4,
         )
-
-
-def _warn(found: LogZ) -> None:
-    """Says aloud what speaks against an estimate."""
-    if count := found.diagnostics["num_nan_energy"]:
-        message = f"The energy was NaN {count} times; such points were given zero mass."
-        warnings.warn(message, EnergyWarning, stacklevel=3)
-    for doubt in found.doubts:
-        warnings.warn(doubt, EnergyWarning, stacklevel=3)
 
 
 def _check_prior(draws: Draws, target: Target) -> None:

@@ -30,6 +30,8 @@ from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey, as_key
 if TYPE_CHECKING:
     import xarray as xr
 
+NUM_CHAINS = 4
+
 
 def sample(
     key: PRNGKey,
@@ -89,7 +91,7 @@ def sample(
                 "num_samples, num_warmup, thin and state alone."
             )
         check_tails(target, needs_normalisation=True)
-        draws = weigh(key, target, sampler, 4 if num_chains is None else num_chains, progress_bar)
+        draws = weigh(key, target, sampler, NUM_CHAINS if num_chains is None else num_chains, progress_bar)
         return to_datatree(target, draws, coords=coords, dims=dims, log_likelihood=log_likelihood)
     if isinstance(sampler, ParallelTempering):
         if num_warmup is not None or state is not None or thin != 1:
@@ -108,7 +110,7 @@ def sample(
         key,
         target,
         sampler,
-        num_chains=4 if num_chains is None else num_chains,
+        num_chains=NUM_CHAINS if num_chains is None else num_chains,
         num_warmup=500 if num_warmup is None else num_warmup,
         num_samples=1000 if num_samples is None else num_samples,
         thin=thin,

@@ -177,6 +177,18 @@ def run(
     return Draws(z, {}, attrs, particles=particles, stages=path, log_z=log_z)
 
 
+def lagging(drift: float) -> tuple[str, ...]:
+    """The doubt about particles that lag behind their targets, by the largest drift, where they do."""
+    if not drift > UNSETTLED:
+        return ()
+    return (
+        f"The moves of SMC carried a coordinate's mean by {drift:.1f} standard errors along the path, where 0 is "
+        "expected: the particles lag behind their targets, and log Z and the posterior may be off by far more than "
+        "the stated error. More moves (num_moves), a larger target_ess or a reparametrised model help; more "
+        "particles alone do not. smc['drift'] has the path.",
+    )
+
+
 def _initial(key: PRNGKey, target: Tilted, sampler: SMC) -> Cloud:
     num = sampler.num_particles
     z = jax.vmap(target.sample_reference)(jax.random.split(jax.random.fold_in(key, 0), num))

@@ -25,7 +25,7 @@ from ebm_ppl.logz.fitted import IMPORTANCE, FittedReference
 from ebm_ppl.logz.integral import CONTRADICTION, Integral, opinion_of
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.rebase import Joint
-from ebm_ppl.smc import SMC, UNSETTLED, run
+from ebm_ppl.smc import SMC, lagging, run
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import EnergyError, PRNGKey
 
@@ -118,14 +118,13 @@ class Consultation:
         found = opinion_of(
             run(key, Joint(target), dataclasses.replace(self.tempered, num_particles=num), progress_bar=False)
         )
-        lags = f"The particles of SMC lag behind their targets (drift {found.drift:.1f})."
         return Integral(
             value=found.value,
             std_error=found.std_error,
             num_evaluations=found.num_evaluations,
             num_nan=found.num_nan,
             story=(f"SMC of {num} particles from the own reference: log Z {found}",),
-            doubts=(lags,) if found.drift > UNSETTLED else (),
+            doubts=lagging(found.drift),
         )
 
 

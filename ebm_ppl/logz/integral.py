@@ -2,7 +2,7 @@
 
     log E_{pi_0}[exp(-U)]        `Estimator.integrate(key, target) -> Integral`, one run
     (log pi_0(z), U(z))          `total_energy`
-    z ~ pi_0, U(z)               `draw_reference`
+    z ~ pi_0, U(z)               `draw_reference`, `draws_of_reference`
     how good weights are         `effective_share`, `pareto_k`
     how good chains are          `effective_size`, `disagreement`
     what a run of SMC says       `opinion_of`
@@ -15,14 +15,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ebm_ppl import parallel
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import Array, DegenerateParticlesError, Draws, NonFiniteEnergyError, PRNGKey, log_mean
+from ebm_ppl.typing import (
+    Array,
+    DegenerateParticlesError,
+    Draws,
+    EnergyWarning,
+    NonFiniteEnergyError,
+    PRNGKey,
+    log_mean,
+)
 
 LARGEST_RHAT = 1.05
 """Of R-hat: beyond it chains have not seen the same density."""
@@ -79,6 +90,13 @@ def draw_reference(key: PRNGKey, target: Tilted) -> tuple[Array, Array]:
     z = target.sample_reference(key)
     log_reference, energy = total_energy(target, z)
     return z, jnp.where(jnp.isfinite(log_reference), energy, jnp.nan)
+
+
+def draws_of_reference(key: PRNGKey, target: Tilted, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """Independent draws, shape (num, dim), and their energies, (num,)."""
+    parts = parallel.over(draw_reference, parallel.split(jax.random.split(key, num)), target, hurry=True)
+    z, energy = map(np.concatenate, zip(*jax.device_get(parts), strict=True))
+    return z, energy
 
 
 def check_energies(energies: np.ndarray, where: str) -> int:
@@ -157,6 +175,15 @@ def opinion_of(draws: Draws) -> Opinion:
         float(attrs["num_evaluations"]),
         int(attrs["num_nan_energy"]),
     )
+
+
+def warn_of(num_nan: int, doubts: Iterable[str], stacklevel: int) -> None:
+    """Says aloud what speaks against a result, at the caller `stacklevel - 1` levels up."""
+    if num_nan:
+        message = f"The energy was NaN {num_nan} times; such points were given zero mass."
+        warnings.warn(message, EnergyWarning, stacklevel=stacklevel)
+    for doubt in doubts:
+        warnings.warn(doubt, EnergyWarning, stacklevel=stacklevel)
 
 
 def effective_size(values: np.ndarray) -> float:

@@ -45,7 +45,7 @@ from blackjax.ns.base import StateWithLogLikelihood
 from scipy.stats import kstest
 
 from ebm_ppl import parallel
-from ebm_ppl.logz.integral import Integral, check_energies, draw_reference, total_energy
+from ebm_ppl.logz.integral import Integral, check_energies, draws_of_reference, total_energy
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, DegenerateParticlesError, EnergyError, NonFiniteEnergyError, PRNGKey
 
@@ -161,9 +161,7 @@ def _draw(key: PRNGKey, target: Tilted, method: NestedSampling) -> Drawn:
     """Draws of the reference until `num_live` of them have mass."""
     wanted, points, energies = method.num_live, [], []
     while sum(map(len, points)) < wanted and len(energies) < MOST_BATCHES:
-        keys = jax.random.split(jax.random.fold_in(key, len(energies)), wanted)
-        parts = jax.device_get(parallel.over(draw_reference, parallel.split(keys), target, hurry=True))
-        z, energy = map(np.concatenate, zip(*parts, strict=True))
+        z, energy = draws_of_reference(jax.random.fold_in(key, len(energies)), target, wanted)
         energies.append(energy)
         points.append(z[energy < np.inf])
     energy, z = np.concatenate(energies), np.concatenate(points)

@@ -27,7 +27,7 @@ from scipy.interpolate import PchipInterpolator
 
 from ebm_ppl import parallel
 from ebm_ppl.kernels import Tuning
-from ebm_ppl.logz.integral import check_energies, draw_reference
+from ebm_ppl.logz.integral import check_energies, draws_of_reference
 from ebm_ppl.logz.replicas import Ladder, Record, Replica, Sampler, make_round, rejections, warmup_of
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, PRNGKey
@@ -108,9 +108,7 @@ def _start(
 ) -> tuple[Ladder, list[Replica], float, int]:
     """A geometric ladder, and points drawn from the reference with the weights that they have at each rung."""
     key_draws, key_choice, key_replicas = jax.random.split(key, 3)
-    keys = parallel.split(jax.random.split(key_draws, num_replicas * STARTS))
-    drawn = jax.device_get(parallel.over(draw_reference, keys, target, hurry=True))
-    z, energy = map(np.concatenate, zip(*drawn, strict=True))
+    z, energy = draws_of_reference(key_draws, target, num_replicas * STARTS)
     num_nan, num_drawn = check_energies(energy, "draws of the reference"), len(energy)
     z, energy = z[energy < np.inf], energy[energy < np.inf]
 

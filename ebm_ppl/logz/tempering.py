@@ -14,20 +14,19 @@ slowly and little beside the rest, and its autocorrelation drowns. (On the bench
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ebm_ppl.kernels import HMC, MALA, MCLMC
 from ebm_ppl.logz import rounds
-from ebm_ppl.logz.integral import LARGEST_RHAT, Integral, disagreement
+from ebm_ppl.logz.integral import LARGEST_RHAT, Integral, disagreement, warn_of
 from ebm_ppl.logz.ladder import LOW_ACCEPTANCE, Rungs
 from ebm_ppl.logz.path import FEWEST, error_of, multistate
 from ebm_ppl.logz.replicas import rejections, round_trips
 from ebm_ppl.logz.rounds import Run
 from ebm_ppl.target import Target, Tilted
-from ebm_ppl.typing import Draws, EnergyError, EnergyWarning, PRNGKey
+from ebm_ppl.typing import Draws, EnergyError, PRNGKey
 
 FEWEST_MOVES = 4
 """Of the first round."""
@@ -150,11 +149,7 @@ def draw(key: PRNGKey, target: Target, method: ParallelTempering) -> Draws:
     target.require_reference()
     run = _run(key, target, method)
     passage, last = _passage(run), run.last
-    if run.num_nan:
-        message = f"The energy was NaN {run.num_nan} times; such points were given zero mass."
-        warnings.warn(message, EnergyWarning, stacklevel=3)
-    for doubt in _doubts(passage, method):
-        warnings.warn(doubt, EnergyWarning, stacklevel=3)
+    warn_of(run.num_nan, _doubts(passage, method), stacklevel=4)
     attrs = {
         "inference_library": "ebm_ppl",
         "sampler": method.name,
