@@ -27,7 +27,7 @@ from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.rebase import Joint
 from ebm_ppl.smc import SMC, lagging, run
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import EnergyError, PRNGKey
+from ebm_ppl.typing import EnergyError, NonFiniteEnergyError, PRNGKey
 
 MOST_COORDINATES = 40
 """Of a target for nested sampling, each of whose births costs some slices along every coordinate."""
@@ -72,6 +72,8 @@ class Consultation:
         story = (*first.story, *(f"not clean: {doubt}" for doubt in first.doubts))
         try:
             second = self._second(key_second, target, first)
+        except NonFiniteEnergyError:  # infinite density: there is no log Z, whatever the first opinion says
+            raise
         except EnergyError as error:
             doubt = f"There is no second opinion to settle the doubts about the first: {error}"
             return dataclasses.replace(first, story=story, doubts=(*first.doubts, doubt))

@@ -92,6 +92,16 @@ def test_a_second_opinion_that_fails_leaves_the_doubts(monkeypatch):
     assert found.value == -5.0 and found.doubts[0] == "heavy tails" and "flat" in found.doubts[1]
 
 
+def test_infinite_density_met_by_the_second_opinion_is_an_error(monkeypatch):
+    def fails(self, key, target, larger):
+        raise ebm.NonFiniteEnergyError("an energy is -inf")
+
+    monkeypatch.setattr(ebm.FittedReference, "integrate", lambda self, key, target: opinion(-5.0, 0.01, "heavy tails"))
+    monkeypatch.setattr(ebm.Consultation, "_by_nested", fails)
+    with pytest.raises(ebm.NonFiniteEnergyError, match="-inf"):
+        ebm.Consultation().integrate(jax.random.key(0), PROBLEMS["regression"].target())
+
+
 def test_no_second_opinion_beyond_the_budget(monkeypatch):
     found = consult(monkeypatch, opinion(-5.0, 0.01, "heavy tails"), None, budget=50.0)
     assert found.value == -5.0 and found.doubts[0] == "heavy tails" and "used up" in found.doubts[1]
