@@ -5,7 +5,8 @@
     kernel.step(key, state, log_density, tuning, num_steps)         -> state, stats; log p is invariant if adjusted
 
 `tuning` holds the step size and the scale L of the metric (`scale.py`): BlackJAX's kernels run in whitened coordinates
-`x`, `z = origin + L x`, with an identity metric. `stats` is a dictionary of scalars under ArviZ's names. Chains share
+`x`, `z = origin + L x`, with an identity metric, and where the tuning has a centring (`centring.py`) in whitened
+non-centred ones. `stats` is a dictionary of scalars under ArviZ's names. Chains share
 the number of leapfrog steps, since a batch takes as long as its longest trajectory. Samplers are small frozen settings
 objects; each makes its kernel.
 """
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from blackjax.mcmc import adjusted_mclmc, hmc, mclmc, nuts
 from blackjax.mcmc.hmc import HMCState
 
+from ebm_ppl.centring import Centring
 from ebm_ppl.scale import Scale
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
 
@@ -39,6 +41,8 @@ class Tuning(NamedTuple):
 
     step_size: Array
     scale: Scale
+    """Of the non-centred coordinates, where there are any."""
+    centring: Centring | None = None
 
 
 class Kernel(NamedTuple):
@@ -57,10 +61,13 @@ class NUTS:
         target_accept: acceptance statistic that the warm-up aims at.
         max_tree_depth: at most `2**max_tree_depth - 1` leapfrog steps in a trajectory.
         metric: inverse mass matrix: `"diag"`, `"dense"` (its correlations shrunk as far as the chains disagree on
-            them), `"low_rank"`, or `"auto"`: dense in up to 128 dimensions, else diagonal plus low rank.
+            them), `"low_rank"`, or `"auto"`: dense in up to 128 dimensions, else diagonal plus low rank, and in
+            coordinates that the warm-up non-centres, as far as the draws show one coordinate's scale to depend on
+            another (`centring.py`). Draws, gradients and densities are those of the model all the same.
 
     References:
-        Hoffman and Gelman (2014), The No-U-Turn Sampler; Betancourt (2017), A conceptual introduction to HMC.
+        Hoffman and Gelman (2014), The No-U-Turn Sampler; Betancourt (2017), A conceptual introduction to HMC;
+        Papaspiliopoulos, Roberts and Skold (2007), A general framework for the parametrization of hierarchical models.
     """
 
     target_accept: float = 0.8
@@ -88,7 +95,7 @@ class NUTS:
                 "infinite_density": (ends[0] == jnp.inf) | (ends[1] == jnp.inf),
             }
 
-        return Kernel(hmc_state, _whitened(step))
+        return Kernel(hmc_state, _in_coordinates(step))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +121,7 @@ class HMC:
 
     def kernel(self) -> Kernel:
         length = _length_around(lambda dim: self.trajectory_length, self.max_leapfrogs)
-        return Kernel(hmc_state, _whitened(_end_point_step(hmc.build_kernel(), _hmc_call)), length)
+        return Kernel(hmc_state, _in_coordinates(_end_point_step(hmc.build_kernel(), _hmc_call)), length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +144,7 @@ class MALA:
     name = "MALA"
 
     def kernel(self) -> Kernel:
-        return Kernel(hmc_state, _whitened(_end_point_step(hmc.build_kernel(), _hmc_call)))
+        return Kernel(hmc_state, _in_coordinates(_end_point_step(hmc.build_kernel(), _hmc_call)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +179,7 @@ class MCLMC:
         length = _length_around(trajectory_length, self.max_leapfrogs)
         return Kernel(
             adjusted_mclmc.init,
-            _whitened(_end_point_step(adjusted_mclmc.build_kernel(), _mclmc_call)),
+            _in_coordinates(_end_point_step(adjusted_mclmc.build_kernel(), _mclmc_call)),
             length,
         )
 
@@ -236,8 +243,34 @@ def hmc_state(position: Array, log_density: LogDensity) -> State:
     return hmc.init(position, log_density)
 
 
+def _in_coordinates(step: Callable) -> Callable:
+    """A step in the coordinates of a tuning as a step of z; the state keeps its gradient with respect to z."""
+    whitened_step = _whitened(step)
+
+    def step_in_coordinates(
+        key: PRNGKey, state: State, log_density: LogDensity, tuning: Tuning, num_steps: Array
+    ) -> tuple[State, Stats]:
+        centring = tuning.centring
+        if centring is None:
+            return whitened_step(key, state, log_density, tuning, num_steps)
+
+        def density_of_u(u: Array) -> Array:
+            z, log_det = centring.place(u)
+            return log_density(z) + log_det
+
+        u, log_det = centring.coordinates(state.position)
+        start = HMCState(u, state.logdensity - log_det, centring.pull(u, state.logdensity_grad))
+        end, stats = whitened_step(key, start, density_of_u, tuning, num_steps)
+        z, log_det = centring.place(end.position)
+        there = HMCState(z, end.logdensity - log_det, centring.push(z, end.logdensity_grad))
+        moved = jnp.any(end.position != u)
+        return jax.tree.map(lambda new, old: jnp.where(moved, new, old), there, state), stats
+
+    return step_in_coordinates
+
+
 def _whitened(step: Callable) -> Callable:
-    """A step in coordinates x, `z = origin + L x`, as a step of z; the state keeps its gradient with respect to z."""
+    """A step in coordinates x, `u = origin + L x`, as a step of u."""
 
     def whitened_step(
         key: PRNGKey, state: State, log_density: LogDensity, tuning: Tuning, num_steps: Array

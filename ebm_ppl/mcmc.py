@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebm_ppl import kernels, parallel
+from ebm_ppl.centring import Centring, learn_centring
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning, hmc_state
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, NonFiniteEnergyError, PRNGKey
@@ -109,6 +110,7 @@ def run(
         "thin": thin,
         "num_divergent": int(stats["diverging"].sum()),
         "num_nan_energy": int(stats["nan_energy"].sum()),
+        "non_centred": _non_centred(target, state.tuning.centring),
     }
     if not _is_unadjusted(sampler):  # whose tuner does not say what it costs
         attrs["num_evaluations"] = evaluations + int(stats["n_steps"].sum())
@@ -134,29 +136,73 @@ def _warm_up(
     """The chains after their warm-up, with what they have learned together, and its leapfrog steps."""
     evaluations = 0
     for length, is_window in windows(num_warmup):
+        centring, records = state.tuning.centring, []
         for after, record, count in _steps(target, sampler, state, length, bar, warming_up=True):
             state = after
             evaluations += int(record["n_steps"][:, :count].sum())
-            if is_window:
-                learned = parallel.once(_add, sampler, learned, record["z"], record["gradient"], np.array(count))
+            records.append((record["z"], record["gradient"], np.array(count)))
+        if is_window:
+            if centring is not None:
+                halves = _halves([z[:, :count] for z, _, count in records])
+                centring = learn_centring(*halves, target.spec.site_numbers)
+            for record in records:
+                learned = parallel.once(_add, sampler, learned, centring, *record)
         adaptations = [part.adaptation for part in state.parts]
-        learned, tuning, restarted = parallel.once(_close, sampler, learned, adaptations, target.dim, is_window)
+        closing = sampler, learned, centring, adaptations, target.dim, is_window
+        learned, tuning, restarted = parallel.once(_close, *closing)
         parts = [part._replace(adaptation=new) for part, new in zip(state.parts, restarted, strict=True)]
         state = state._replace(parts=parts, tuning=tuning)
     return state, evaluations
 
 
-def _add(sampler: Sampler, learned: WarmupState, positions: Array, gradients: Array, count: Array) -> WarmupState:
-    """The metric learns from `count` steps of all chains."""
+def _non_centred(target: Target, centring: Centring | None) -> str:
+    """Which sites were moved in coordinates that follow another's, as a phrase."""
+    if centring is None:
+        return ""
+    numbers, driver = target.spec.site_numbers, np.asarray(centring.driver)
+    driven = np.flatnonzero(driver != np.arange(len(driver)))
+    pairs = dict.fromkeys(zip(numbers[driven], numbers[driver[driven]], strict=True))
+    names = target.latent_names
+    return ", ".join(f"{names[site]} by {names[of]}" for site, of in pairs)
+
+
+def _halves(pieces: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The draws of one half of the chains and of the other (of a single chain's halves), each (num, dim)."""
+    z = np.concatenate(pieces, axis=1)
+    first, second = np.array_split(z, 2, axis=0 if len(z) > 1 else 1)
+    return first.reshape(-1, z.shape[-1]), second.reshape(-1, z.shape[-1])
+
+
+def _add(
+    sampler: Sampler,
+    learned: WarmupState,
+    centring: Centring | None,
+    positions: Array,
+    gradients: Array,
+    count: Array,
+) -> WarmupState:
+    """The metric learns from `count` steps of all chains, in the coordinates of a centring."""
     add = _warmup(sampler, positions.shape[-1]).add
-    metric = jax.lax.fori_loop(
-        0, count, lambda i, metric: add(metric, positions[:, i], gradients[:, i]), learned.metric
-    )
-    return learned._replace(metric=metric)
+
+    def coordinates(z: Array, gradient: Array) -> tuple[Array, Array]:
+        if centring is None:
+            return z, gradient
+        u, _ = centring.coordinates(z)
+        return u, centring.pull(u, gradient)
+
+    def add_one(i: Array, metric: Any) -> Any:
+        return add(metric, *jax.vmap(coordinates)(positions[:, i], gradients[:, i]))
+
+    return learned._replace(metric=jax.lax.fori_loop(0, count, add_one, learned.metric))
 
 
 def _close(
-    sampler: Sampler, learned: WarmupState, adaptations: list[Any], dim: int, is_window: bool
+    sampler: Sampler,
+    learned: WarmupState,
+    centring: Centring | None,
+    adaptations: list[Any],
+    dim: int,
+    is_window: bool,
 ) -> tuple[WarmupState, Tuning, list[Any]]:
     """What the chains know together, and their step size adaptation for the next stretch."""
     warmup = _warmup(sampler, dim)
@@ -164,7 +210,7 @@ def _close(
     if is_window:
         learned = warmup.close(learned)
         adaptations = [jax.tree.map(lambda new, old: new + 0 * old, learned.step_size, old) for old in adaptations]
-    return learned, warmup.tuning(learned), adaptations
+    return learned, warmup.tuning(learned)._replace(centring=centring), adaptations
 
 
 def _steps(
@@ -208,7 +254,7 @@ def _advance(
         now: Any = learning
         if adapt is not None:
             current = jnp.exp(learning.log_step_size)
-            now = Tuning(jnp.where(warming_up, current, tuning.step_size), tuning.scale)
+            now = tuning._replace(step_size=jnp.where(warming_up, current, tuning.step_size))
         num_steps = kernel.length(jax.random.fold_in(shared_key, number), now, target.dim)
         key = jax.random.fold_in(chain.key, number)
         state, stats = kernel.step(key, chain.kernel, log_density, now, num_steps)
@@ -269,16 +315,17 @@ def _prepare_steps(target: Target, sampler: Sampler, state: ChainState, learned:
     record = jax.ShapeDtypeStruct((len(state.parts) * len(position), _capacity(target.dim), target.dim), position.dtype)
     for is_window in dict.fromkeys(kinds):
         if is_window:
-            parallel.prepare_once(_add, sampler, learned, record, record, count)
+            parallel.prepare_once(_add, sampler, learned, state.tuning.centring, record, record, count)
         adaptations = [part.adaptation for part in state.parts]
-        parallel.prepare_once(_close, sampler, learned, adaptations, target.dim, is_window)
+        parallel.prepare_once(_close, sampler, learned, state.tuning.centring, adaptations, target.dim, is_window)
 
 
 def _unlearned(sampler: Sampler, dim: int) -> tuple[WarmupState, Tuning]:
     """What is known before the warm-up."""
     warmup = _warmup(sampler, dim)
     learned = warmup.init(dim)
-    return learned, warmup.tuning(learned)
+    centring = Centring.identity(dim) if sampler.metric == "auto" else None
+    return learned, warmup.tuning(learned)._replace(centring=centring)
 
 
 def _finite_chains(members: list[Any], key: PRNGKey, target: Target, start: Any, adaptation: Any) -> list[Chain]:

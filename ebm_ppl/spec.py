@@ -19,6 +19,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions.transforms import biject_to
@@ -67,6 +68,11 @@ class Spec:
     @property
     def dim(self) -> int:
         return sum(math.prod(shape) for _, shape in self.latents)
+
+    @property
+    def site_numbers(self) -> np.ndarray:
+        """Which of the latents each coordinate belongs to, shape (dim,)."""
+        return np.repeat(np.arange(len(self.latents)), [math.prod(shape) for _, shape in self.latents])
 
 
 def analyse(model: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Spec, dict[str, Any]]:
