@@ -144,7 +144,7 @@ def _warm_up(
         if is_window:
             if centring is not None:
                 halves = _halves([z[:, :count] for z, _, count in records])
-                centring = learn_centring(*halves, target.spec.site_numbers)
+                centring = learn_centring(*halves, target.site_numbers)
             for record in records:
                 learned = parallel.once(_add, sampler, learned, centring, *record)
         adaptations = [part.adaptation for part in state.parts]
@@ -159,7 +159,7 @@ def _non_centred(target: Target, centring: Centring | None) -> str:
     """Which sites were moved in coordinates that follow another's, as a phrase."""
     if centring is None:
         return ""
-    numbers, driver = target.spec.site_numbers, np.asarray(centring.driver)
+    numbers, driver = target.site_numbers, np.asarray(centring.driver)
     driven = np.flatnonzero(driver != np.arange(len(driver)))
     pairs = dict.fromkeys(zip(numbers[driven], numbers[driver[driven]], strict=True))
     names = target.latent_names

@@ -47,6 +47,10 @@ class Joint(eqx.Module):
     def dim(self) -> int:
         return self.target.dim
 
+    @property
+    def site_numbers(self) -> np.ndarray:
+        return self.target.site_numbers
+
     def phases(self) -> list[tuple[Phase, Joint]]:
         """As `Target.phases`: all energies at once."""
         return [("joint", self)]

@@ -53,6 +53,9 @@ class Tilted(Protocol):
     @property
     def dim(self) -> int: ...
 
+    @property
+    def site_numbers(self) -> np.ndarray: ...
+
     def require_tractable(self) -> None: ...
 
     def require_reference(self) -> None: ...
@@ -81,6 +84,11 @@ class Target(eqx.Module):
     @property
     def dim(self) -> int:
         return self.spec.dim
+
+    @property
+    def site_numbers(self) -> np.ndarray:
+        """Which of `latent_names` each coordinate of z belongs to, shape (dim,)."""
+        return self.spec.site_numbers
 
     @property
     def latent_names(self) -> tuple[str, ...]:

@@ -1,10 +1,7 @@
 """log Z from a reference that is fitted to a pilot's particles, by draws that had no part in the fit.
 
     pilot       a cheap run of SMC, or nested sampling: a cloud near the posterior, with a log Z of its own
-    modes       where ascents from draws of the reference end (`modes.py`): what the pilot may have missed
-    fit         q, a mixture of Student t distributions, a component for each mode that the fit to the cloud does not
-                account for, and a share of the model's reference (`rebase.py`)
-    refits      draws of q with weights w = pi_0 exp(-U) / q, pooled with the cloud, for as long as q gets better
+    search      q, fitted to the cloud and to what ascents find beside it (`search.py`)
     estimate    fresh draws of the last q:  Z = E_q[w]  (`importance.py`)
 
 The weights are looked at before they are believed: where their tail is heavier than a mean bears (Pareto k over
@@ -31,11 +28,10 @@ import numpy as np
 from blackjax.smc.resampling import systematic
 
 from ebm_ppl import smc
-from ebm_ppl.logz.importance import BLOCKS, Weighed, draw, draw_own
+from ebm_ppl.logz.importance import BLOCKS, Weighed, draw
 from ebm_ppl.logz.integral import CONTRADICTION, FEW, LARGEST_K, Integral, Opinion, opinion_of
-from ebm_ppl.logz.modes import Modes, find_modes
 from ebm_ppl.logz.nested import NestedSampling
-from ebm_ppl.mixture import DEGREES, MOST_COMPONENTS, TAILS, StudentMixture, fit_mixture
+from ebm_ppl.logz.search import Effort, find_reference
 from ebm_ppl.rebase import Rebased
 from ebm_ppl.smc import SMC, UNSETTLED
 from ebm_ppl.target import Tilted
@@ -45,26 +41,13 @@ IMPORTANCE = "importance sampling"
 """The branch of weights that behave."""
 CLOUD = 2000
 """Points that are fitted of a pilot of nested sampling."""
-UNACCOUNTED = 1.5
-"""Nats by which a mode is higher than the fit says, to become a component of its own."""
-MASS = 0.02, 9.0
-"""Least and most mass of such a component, relative to the fit's."""
-BIASED = 0.05
-"""Weight of a pilot's particle once it is known to have missed a mode; .5 before."""
 FAIR_SHARE = 0.1
 """Effective share of the draws below which a heavy tail may not have shown itself."""
 HAS_VARIANCE = 0.5
 """Of Pareto's k: below it the weights have a finite variance."""
-MOST_SEARCHES = 8
 SMALL_SHARE = 0.01
 """Effective share of the draws below which the path from the fitted reference is not the shorter one."""
 REMEDY = "A larger pilot, or a reparametrised model, helps."
-GOOD_SHARE = 0.9
-"""Effective share of the draws beyond which a better q is not worth its price."""
-TAILS_SHARE = 0.1
-"""Share of q that has heavy tails."""
-WORTHWHILE = 1.1
-"""Factor by which a refit must raise the effective share of the draws for another to follow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +94,8 @@ class FittedReference:
         key_pilot, key_fit, key_final, key_path = jax.random.split(key, 4)
         pilot = _pilot(key_pilot, target, self.pilot)
         opinion, story = pilot.opinion, [pilot.story]
-        found = _search(key_fit, target, pilot.cloud, opinion.value, self, story)
+        effort = Effort(self.num_ascents, self.num_draws, self.max_refits, self.defence)
+        found = find_reference(key_fit, target, pilot.cloud, opinion.value, effort, story)
         search = opinion.num_evaluations + found.num_evaluations
         final = draw(key_final, found.reference, _enough(found.seen, search, self))
         story.append(
@@ -178,100 +162,11 @@ def _pilot(key: PRNGKey, target: Tilted, method: SMC | NestedSampling) -> Pilot:
     return Pilot(cloud.astype(weights.dtype), opinion, found.doubts, f"pilot: {found.story[-1]}")
 
 
-class Search(NamedTuple):
-    """The best reference found, the draws that showed it, and what the search has cost."""
-
-    reference: Rebased
-    seen: Weighed
-    num_evaluations: int
-    num_nan: int
-
-
-def _search(
-    key: PRNGKey, target: Tilted, cloud: np.ndarray, log_z: float, method: FittedReference, story: list[str]
-) -> Search:
-    """Fits to the cloud and to weighted draws of the fits before, for as long as they get better."""
-    modes, evaluations = _modes(jax.random.fold_in(key, method.max_refits + 1), target, cloud, method.num_ascents)
-    story.append(f"{np.sum(modes.hits)} ascents arrived: {len(modes.z)} modes, {modes.num_once} of them met once")
-    room = len(cloud) + method.max_refits * method.num_draws
-    points, weights = np.zeros((room, target.dim), cloud.dtype), np.zeros(room, cloud.dtype)
-    points[: len(cloud)], weights[: len(cloud)], filled = cloud, 0.5, len(cloud)
-    best, mixture, num_nan = None, None, 0
-    for fit in range(method.max_refits + 1):
-        key_fit, key_draw = jax.random.split(jax.random.fold_in(key, fit))
-        mixture = fit_mixture(key_fit, jnp.asarray(points), jnp.asarray(weights), mixture)
-        if fit == 0 and np.any(missed := _unaccounted(modes, mixture, log_z)):
-            story.append(f"{np.sum(missed)} modes that the pilot missed: a component for each")
-            mixture = _with_modes(mixture, jax.tree.map(lambda x: x[missed], modes), log_z)
-            weights[: len(cloud)] = BIASED
-        reference = Rebased(target, mixture.with_tails(TAILS_SHARE), jnp.asarray(method.defence, cloud.dtype))
-        seen = draw(key_draw, reference, method.num_draws)
-        evaluations, num_nan = evaluations + seen.num, num_nan + seen.num_nan
-        share, before = seen.effective_share, best.seen.effective_share if best else 0.0
-        story.append(f"fit {fit + 1}: {len(mixture.log_weight)} components, {share:.0%} of the draws are effective")
-        if share > before:
-            best = Search(reference, seen, evaluations, num_nan)
-        if share >= GOOD_SHARE or share < WORTHWHILE * before or fit == method.max_refits:
-            break
-        here = slice(filled, filled + seen.num)
-        points[here], weights[here], filled = seen.z.reshape(-1, target.dim), _truncated(seen), here.stop
-    assert best is not None
-    return best._replace(num_evaluations=evaluations, num_nan=num_nan)
-
-
-def _modes(key: PRNGKey, target: Tilted, cloud: np.ndarray, num: int) -> tuple[Modes, int]:
-    """Modes by ascents from draws of the reference, and a few from the cloud, until none has been met only once."""
-    few = num // 4
-    starts = np.concatenate([draw_own(key, target, num - few), cloud[:few]])
-    deviation = np.std(starts, axis=0)
-    modes, evaluations = find_modes(target, starts, deviation)
-    for again in range(1, MOST_SEARCHES):
-        # Where most have been met only once they are beyond counting, and no search would end.
-        if not 0 < modes.num_once < len(modes.z) / 2:
-            break
-        starts = draw_own(jax.random.fold_in(key, again), target, num)
-        modes, more = find_modes(target, starts, deviation, modes)
-        evaluations += more
-    return modes, evaluations
-
-
-def _unaccounted(modes: Modes, mixture: StudentMixture, log_z: float) -> np.ndarray:
-    """Which modes the mixture gives far less density than they have."""
-    if not len(modes.z):
-        return np.zeros(0, bool)
-    described = np.asarray(jax.vmap(mixture.log_density)(jnp.asarray(modes.z)))
-    return modes.log_density - log_z - described > UNACCOUNTED
-
-
-def _with_modes(mixture: StudentMixture, modes: Modes, log_z: float) -> StudentMixture:
-    """A light and a heavy component for each mode, both with its curvature; what it is worth only the weights can tell.
-
-    The curvature of a Student t at its mode is that of a normal distribution with (nu + dim) / nu times its precision.
-    """
-    mass = np.clip(np.exp(np.clip(modes.log_mass - log_z, -20, 20)), *MASS)[: MOST_COMPONENTS // 2]
-    num, dim = len(mass), modes.z.shape[1]
-    log_weight = jnp.log(jnp.asarray(mass / mass.sum(), mixture.mean.dtype))
-    mean, factor, inverse = (jnp.asarray(x[:num]) for x in (modes.z, modes.scale.factor, modes.scale.inverse))
-    wider = math.sqrt((TAILS + dim) / TAILS)
-    light = StudentMixture(log_weight, mean, factor, inverse, jnp.full(num, DEGREES[-1], mean.dtype))
-    heavy = StudentMixture(log_weight, mean, factor * wider, inverse / wider, jnp.full(num, TAILS, mean.dtype))
-    total = min(mass.sum(), MASS[1])
-    half, share = jnp.asarray(0.5, mean.dtype), jnp.asarray(total / (1 + total), mean.dtype)
-    return mixture.joined(light.joined(heavy, half), share)
-
-
 def _enough(seen: Weighed, spent: float, method: FittedReference) -> int:
     """Draws of the estimate, a power of two, if they are as good as those seen."""
     wanted = spent if method.tol is None else seen.num * (seen.std_error / method.tol) ** 2
     wanted = min(max(wanted, method.num_draws), method.max_draws)
     return 2 ** math.ceil(math.log2(wanted))
-
-
-def _truncated(seen: Weighed) -> np.ndarray:
-    """Weights for a fit, the largest cut, that add up to the effective number of draws (Ionides 2008)."""
-    weights = np.ravel(seen.relative)
-    weights = np.minimum(weights, np.mean(weights) * math.sqrt(len(weights)))
-    return weights / np.sum(weights) * seen.effective_share * len(weights)
 
 
 def _doubts(estimate: Opinion, branch: str, pilot: Pilot, final: Weighed) -> list[str]:

@@ -1,0 +1,229 @@
+"""The search for a reference that looks like the target: fitted to a cloud, and to what ascents find beside it.
+
+    modes         where ascents from draws of the reference end (`modes.py`): what the cloud may have missed
+    fit           q, a mixture of Student t distributions (`mixture.py`), a component for each mode that the fit to the
+                  cloud does not account for, and a share of the model's reference (`rebase.py`)
+    refits        draws of q with weights w = pi_0 exp(-U) / q, pooled with the cloud, for as long as q gets better
+    coordinates   where q describes less than `GOOD_ENOUGH` of its draws and the cloud shows scales that follow other
+                  coordinates, the same once more in coordinates where they do not (`centring.py`): a funnel, which no
+                  mixture describes, is a normal distribution there
+
+References:
+    Cappe, Douc, Guillin, Marin and Robert (2008), Adaptive importance sampling in general mixture classes; Ionides
+    (2008), Truncated importance sampling.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ebm_ppl.centring import Centring, learn_centring
+from ebm_ppl.logz.importance import Weighed, draw, draw_own
+from ebm_ppl.logz.modes import Modes, find_modes
+from ebm_ppl.mixture import DEGREES, MOST_COMPONENTS, TAILS, StudentMixture, fit_mixture
+from ebm_ppl.rebase import Rebased
+from ebm_ppl.scale import DenseScale
+from ebm_ppl.target import Tilted
+from ebm_ppl.typing import Array, PRNGKey
+
+UNACCOUNTED = 1.5
+"""Nats by which a mode is higher than the fit says, to become a component of its own."""
+MASS = 0.02, 9.0
+"""Least and most mass of such a component, relative to the fit's."""
+FAITHFUL, BIASED = 0.5, 0.05
+"""Weight of a point of the cloud, and once that is known to have missed a mode."""
+MOST_SEARCHES = 8
+GOOD_SHARE = 0.9
+"""Effective share of the draws beyond which a better q is not worth its price."""
+GOOD_ENOUGH = 0.5
+"""The same for a search in other coordinates."""
+TAILS_SHARE = 0.1
+"""Share of q that has heavy tails."""
+WORTHWHILE = 1.1
+"""Factor by which a refit must raise the effective share of the draws for another to follow."""
+
+
+class Effort(NamedTuple):
+    """How much a search may cost; see `FittedReference`."""
+
+    num_ascents: int
+    num_draws: int
+    max_refits: int
+    defence: float
+
+
+class Search(NamedTuple):
+    """The best reference found, the draws that showed it, and what the search has cost."""
+
+    reference: Rebased
+    seen: Weighed
+    num_evaluations: int
+    num_nan: int
+
+
+class Placed(eqx.Module):
+    """A mixture of non-centred coordinates u, as a density of z: a proposal (`rebase.Proposal`)."""
+
+    mixture: StudentMixture
+    centring: Centring
+
+    def sample(self, key: PRNGKey) -> Array:
+        return self.centring.place(self.mixture.sample(key))[0]
+
+    def log_density(self, z: Array) -> Array:
+        u, log_det = self.centring.coordinates(z)
+        return self.mixture.log_density(u) + log_det
+
+    def from_cube(self, u: np.ndarray) -> np.ndarray:
+        return _placed(self.mixture.from_cube(u), self.centring)
+
+
+def find_reference(
+    key: PRNGKey, target: Tilted, cloud: np.ndarray, log_z: float, effort: Effort, story: list[str]
+) -> Search:
+    """The best of the fits, each told as a line of the story.
+
+    Args:
+        cloud: points near the target, equally weighted, shape (num, dim).
+        log_z: about that of the target, which says what a mode is worth.
+    """
+    key_modes, key_given, key_learned = jax.random.split(key, 3)
+    modes, evaluations = _modes(key_modes, target, cloud, effort.num_ascents)
+    story.append(f"{np.sum(modes.hits)} ascents arrived: {len(modes.z)} modes, {modes.num_once} of them met once")
+    centring = Centring.identity(target.dim)
+    best = _fits(key_given, target, cloud, centring, modes, log_z, effort, story)
+    evaluations, num_nan = evaluations + best.num_evaluations, best.num_nan
+    if best.seen.effective_share < GOOD_ENOUGH:
+        half = len(cloud) // 2
+        centring = learn_centring(cloud[:half], cloud[half:], target.site_numbers)
+        if np.any(centring.slope):
+            story.append("scales that follow other coordinates, so the same where they do not:")
+            found = _fits(key_learned, target, cloud, centring, modes, log_z, effort, story)
+            evaluations, num_nan = evaluations + found.num_evaluations, num_nan + found.num_nan
+            best = max(best, found, key=lambda search: search.seen.effective_share)
+    return best._replace(num_evaluations=evaluations, num_nan=num_nan)
+
+
+def _fits(
+    key: PRNGKey,
+    target: Tilted,
+    cloud: np.ndarray,
+    centring: Centring,
+    modes: Modes,
+    log_z: float,
+    effort: Effort,
+    story: list[str],
+) -> Search:
+    """Fits to the cloud and to weighted draws of the fits before, for as long as they get better."""
+    room = len(cloud) + effort.max_refits * effort.num_draws
+    points, weights = np.zeros((room, target.dim), cloud.dtype), np.zeros(room, cloud.dtype)
+    points[: len(cloud)], weights[: len(cloud)], filled = _coordinates(cloud, centring), FAITHFUL, len(cloud)
+    best, mixture, evaluations, num_nan = None, None, 0, 0
+    for fit in range(effort.max_refits + 1):
+        key_fit, key_draw = jax.random.split(jax.random.fold_in(key, fit))
+        mixture = fit_mixture(key_fit, jnp.asarray(points), jnp.asarray(weights), mixture)
+        if fit == 0 and np.any(missed := _unaccounted(modes, Placed(mixture, centring), log_z)):
+            story.append(f"{np.sum(missed)} modes that the pilot missed: a component for each")
+            mixture = _with_modes(mixture, jax.tree.map(lambda x: x[missed], modes), centring, log_z)
+            weights[: len(cloud)] = BIASED
+        proposal = Placed(mixture.with_tails(TAILS_SHARE), centring)
+        reference = Rebased(target, proposal, jnp.asarray(effort.defence, cloud.dtype))
+        seen = draw(key_draw, reference, effort.num_draws)
+        evaluations, num_nan = evaluations + seen.num, num_nan + seen.num_nan
+        share, before = seen.effective_share, best.seen.effective_share if best else 0.0
+        story.append(f"fit {fit + 1}: {len(mixture.log_weight)} components, {share:.0%} of the draws are effective")
+        if share > before:
+            best = Search(reference, seen, evaluations, num_nan)
+        if share >= GOOD_SHARE or share < WORTHWHILE * before or fit == effort.max_refits:
+            break
+        here = slice(filled, filled + seen.num)
+        points[here] = _coordinates(seen.z.reshape(-1, target.dim), centring)
+        weights[here], filled = _truncated(seen), here.stop
+    assert best is not None
+    return best._replace(num_evaluations=evaluations, num_nan=num_nan)
+
+
+def _coordinates(z: np.ndarray, centring: Centring) -> np.ndarray:
+    """Of points of shape (num, dim)."""
+    return np.asarray(_all_coordinates(jnp.asarray(z), centring))
+
+
+def _placed(u: np.ndarray, centring: Centring) -> np.ndarray:
+    """The inverse of `_coordinates`."""
+    return np.array(_all_placed(jnp.asarray(u), centring))
+
+
+@jax.jit
+def _all_coordinates(z: Array, centring: Centring) -> Array:
+    return jax.vmap(centring.coordinates)(z)[0]
+
+
+@jax.jit
+def _all_placed(u: Array, centring: Centring) -> Array:
+    return jax.vmap(centring.place)(u)[0]
+
+
+def _modes(key: PRNGKey, target: Tilted, cloud: np.ndarray, num: int) -> tuple[Modes, int]:
+    """Modes by ascents from draws of the reference, and a few from the cloud, until none has been met only once."""
+    few = num // 4
+    starts = np.concatenate([draw_own(key, target, num - few), cloud[:few]])
+    deviation = np.std(starts, axis=0)
+    modes, evaluations = find_modes(target, starts, deviation)
+    for again in range(1, MOST_SEARCHES):
+        # Where most have been met only once they are beyond counting, and no search would end.
+        if not 0 < modes.num_once < len(modes.z) / 2:
+            break
+        starts = draw_own(jax.random.fold_in(key, again), target, num)
+        modes, more = find_modes(target, starts, deviation, modes)
+        evaluations += more
+    return modes, evaluations
+
+
+def _unaccounted(modes: Modes, proposal: Placed, log_z: float) -> np.ndarray:
+    """Which modes the proposal gives far less density than they have."""
+    if not len(modes.z):
+        return np.zeros(0, bool)
+    described = np.asarray(jax.vmap(proposal.log_density)(jnp.asarray(modes.z)))
+    return modes.log_density - log_z - described > UNACCOUNTED
+
+
+def _with_modes(mixture: StudentMixture, modes: Modes, centring: Centring, log_z: float) -> StudentMixture:
+    """A light and a heavy component for each mode, both with its curvature; what it is worth only the weights can tell.
+
+    The curvature of a Student t at its mode is that of a normal distribution with (nu + dim) / nu times its precision.
+    """
+    mass = np.clip(np.exp(np.clip(modes.log_mass - log_z, -20, 20)), *MASS)[: MOST_COMPONENTS // 2]
+    num, dim = len(mass), modes.z.shape[1]
+    log_weight = jnp.log(jnp.asarray(mass / mass.sum(), mixture.mean.dtype))
+    mean, factor, inverse = _touching(jnp.asarray(modes.z[:num]), jnp.asarray(modes.scale.factor[:num]), centring)
+    wider = math.sqrt((TAILS + dim) / TAILS)
+    light = StudentMixture(log_weight, mean, factor, inverse, jnp.full(num, DEGREES[-1], mean.dtype))
+    heavy = StudentMixture(log_weight, mean, factor * wider, inverse / wider, jnp.full(num, TAILS, mean.dtype))
+    total = min(mass.sum(), MASS[1])
+    half, share = jnp.asarray(0.5, mean.dtype), jnp.asarray(total / (1 + total), mean.dtype)
+    return mixture.joined(light.joined(heavy, half), share)
+
+
+@jax.jit
+def _touching(z: Array, factor: Array, centring: Centring) -> tuple[Array, Array, Array]:
+    """Modes and the scales of their curvature, in the coordinates of a centring."""
+
+    def of_mode(z: Array, factor: Array) -> tuple[Array, Array, Array]:
+        turned = jax.jacfwd(lambda z: centring.coordinates(z)[0])(z) @ factor
+        scale = DenseScale.of_covariance(turned @ turned.T)
+        return centring.coordinates(z)[0], scale.factor, scale.inverse
+
+    return jax.vmap(of_mode)(z, factor)
+
+
+def _truncated(seen: Weighed) -> np.ndarray:
+    """Weights for a fit, the largest cut, that add up to the effective number of draws (Ionides 2008)."""
+    weights = np.ravel(seen.relative)
+    weights = np.minimum(weights, np.mean(weights) * math.sqrt(len(weights)))
+    return weights / np.sum(weights) * seen.effective_share * len(weights)
