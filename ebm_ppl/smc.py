@@ -1,9 +1,8 @@
 """Tempered sequential Monte Carlo: from the reference through the prior energies to the data.
 
     stage t            pi_t(z)  proportional to  pi_0(z) exp(-U_prior(z) [phase 1 done] - beta_t U(z))
-    weights            w_t^i = exp( -(beta_t - beta_{t-1}) U(z^i) )
-    log Z increment    log (1/N) sum_i w_t^i
-    log Z              sum of the increments, kept apart by phase: "prior", then "data"
+    log Z              sum of the increments that the weights of each stage give (`weighing.py`),
+                       kept apart by phase: "prior", then "data"
     evidence           the "data" part: log Z(prior and data) - log Z(prior)
     one phase          where every prior energy is normalised, log Z(prior) = 0, and both are tempered together
 
@@ -14,16 +13,7 @@ of the very particles that it moves would favour the directions in which they ha
 
 Everything is written for one run; `parallel.py` takes it over independent runs.
 
-The standard error comes from the genealogy, as Lee and Whiteley's (2018). What descends from the k-th initial particle
-is a family. At each stage its weight differs from its number, and these differences add up to its influence on log Z,
-
-    psi_k = sum_t sum_{i in family k} ( w_t^i / sum_j w_t^j - 1/N )
-    variance of log Z = sum_k psi_k^2 / ( 1 - sum_k S_k^2 )                 S_k: weight of family k now
-
-Resampling changes the numbers and leaves psi as it is, so that its own noise counts only as far as the particles still
-remember it when they are weighed the next time. The divisor makes up for deviations being from the mean of the same
-families: with the last but one of them the error grows beyond all bounds, since nothing is known of it. A run that lost
-most of a mode states a small error, too: see "Limits" in README.md.
+The standard error comes from the families of particles that descend from the same initial one (`weighing.py`).
 
 Every stage resamples, so that the conditional ESS of Zhou, Johansen and Aston (2016) is the ESS. At equal evaluations
 neither weights carried over stages, nor waste-free SMC (Dau and Chopin 2022), nor persistent sampling (Karamanis and
@@ -49,16 +39,15 @@ import jax.numpy as jnp
 import numpy as np
 from blackjax.smc.ess import log_ess
 from blackjax.smc.resampling import systematic
-from blackjax.smc.solver import dichotomy
-from jax.scipy.special import logsumexp
 
 from ebm_ppl import parallel
 from ebm_ppl.kernels import HMC, MALA, MCLMC
 from ebm_ppl.moves import move
 from ebm_ppl.scale import DenseScale
-from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, check_start, final_values, phase_estimates
+from ebm_ppl.stages import StageInfo, as_path, check, check_start, final_values, phase_estimates
 from ebm_ppl.target import Phase, Tilted
 from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey
+from ebm_ppl.weighing import weigh
 
 UNSETTLED = 4.0
 
@@ -265,19 +254,10 @@ def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cl
     nan = jnp.isnan(cloud.energy) | ~jnp.isfinite(cloud.base)
     energy = jnp.where(nan, jnp.inf, cloud.energy)
 
-    step = _temperature_step(energy, cloud.beta, sampler.target_ess)
-    beta = jnp.where(cloud.beta + step >= 1.0 - SMALLEST_STEP, 1.0, cloud.beta + step)
-    step = beta - cloud.beta
-    log_w = -step * energy
-    increment = logsumexp(log_w) - jnp.log(num)
-    log_w = log_w - logsumexp(log_w)
-    weights = jnp.exp(log_w)
-
-    influence = cloud.influence.at[cloud.eve].add(weights - 1 / num)
-    share = jnp.zeros(num, weights.dtype).at[cloud.eve].add(weights)
-    variance = jnp.sum(influence**2) / jnp.maximum(1 - jnp.sum(share**2), jnp.finfo(weights.dtype).tiny)
+    weighed = weigh(energy, cloud.eve, cloud.beta, cloud.influence, sampler.target_ess)
+    beta, weights = weighed.beta, jnp.exp(weighed.log_weight)
     ancestors = systematic(key_resample, weights, num)
-    ess = jnp.exp(log_ess(log_w))
+    ess = jnp.exp(log_ess(weighed.log_weight))
 
     def log_density(z: Array) -> Array:
         base, energy = _split(target, phase, z)
@@ -290,7 +270,7 @@ def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cl
     moved = move(key_move, start, log_density, sampler.kernel, sampler.num_moves, cloud.step_size, scales)
     z = moved.states.position.reshape(num, -1)
     base, new_energy = jax.vmap(lambda z: _split(target, phase, z))(z)
-    log_z = cloud.log_z + increment
+    log_z = cloud.log_z + weighed.increment
     carried = jnp.mean(z, axis=0) - weights @ cloud.z
     rounding = jnp.finfo(z.dtype).eps * jnp.max(jnp.abs(z), axis=0) * num + jnp.finfo(z.dtype).tiny
     drift = cloud.drift + carried / jnp.maximum(jnp.std(z, axis=0), rounding)
@@ -303,10 +283,10 @@ def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cl
         beta=beta,
         step_size=moved.step_size,
         log_z=log_z,
-        influence=influence,
+        influence=weighed.influence,
         weighted=cloud.z,
-        log_weight=log_w,
-        variance=variance,
+        log_weight=weighed.log_weight,
+        variance=weighed.variance,
         drift=drift,
         drift_noise=drift_noise,
     )
@@ -316,28 +296,16 @@ def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cl
         accept_rate=moved.accepted,
         num_moves=moved.moves,
         correlation=moved.correlation,
-        log_z_increment=increment,
+        log_z_increment=weighed.increment,
         log_z=log_z,
-        log_z_std_error=jnp.sqrt(variance),
+        log_z_std_error=jnp.sqrt(weighed.variance),
         mean_energy=jnp.sum(jnp.where(weights > 0, weights * cloud.energy, 0.0)),
         drift=jnp.max(jnp.abs(drift)) / jnp.sqrt(drift_noise),
         step_size=moved.step_size,
-        temperature_step=step,
+        temperature_step=weighed.step,
         num_evaluations=num * (moved.leapfrogs + 2.0),
         num_nan=moved.num_nan + jnp.sum(nan),
         num_zero=jnp.sum(energy == jnp.inf),
         num_infinite=jnp.sum(cloud.energy == -jnp.inf),
     )
     return after, jax.tree.map(lambda x: jnp.asarray(x, z.dtype), info)
-
-
-def _temperature_step(energy: Array, beta: Array, target_ess: float) -> Array:
-    """The largest step that keeps the wanted share of effective particles among those with non-zero mass."""
-    alive = jnp.isfinite(energy)
-    wanted = jnp.log(target_ess * jnp.sum(alive))
-    safe = jnp.where(alive, energy, 0.0)
-
-    def surplus(step: Array) -> Array:
-        return log_ess(jnp.where(alive, -step * safe, -jnp.inf)) - wanted
-
-    return dichotomy(surplus, jnp.zeros_like(beta), 1.0 - beta, eps=1e-6)
