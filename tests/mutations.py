@@ -116,7 +116,7 @@ MUTATIONS = (
     Mutation(
         "particles moved without resampling",
         "smc.py",
-        "start = cloud.z[ancestors]",
+        "start = before[first]",
         "start = cloud.z",
         (_smc("regression"),),
     ),
@@ -144,8 +144,8 @@ MUTATIONS = (
     Mutation(
         "variance with the noise of resampling",
         "weighing.py",
-        "influence.at[eve].add(weights - 1 / num)",
-        "jnp.full(num, -1 / num).at[eve].add(weights)",
+        ".add(weights - jnp.mean(weights, axis=0))",
+        ".at[:].add(-1 / num).at[ensemble.eve].add(weights)",
         ("test_smc.py::test_error_of_a_single_run_is_calibrated",),
     ),
     Mutation(
@@ -158,9 +158,37 @@ MUTATIONS = (
     Mutation(
         "variance of the last stage alone",
         "weighing.py",
-        "influence = influence.at",
+        "influence = (learned @ ensemble.influence).at",
         "influence = jnp.zeros(num).at",
         ("test_smc.py::test_error_of_a_single_run_is_calibrated",),
+    ),
+    Mutation(
+        "states of a chain that belong to different families",
+        "smc.py",
+        "eve=jnp.repeat(eve[first], length)",
+        "eve=jnp.tile(eve[first], length)",
+        ("test_smc.py::test_error_of_particles_used_again_is_calibrated[waste-free]",),
+    ),
+    Mutation(
+        "stages of persistent sampling mixed without their log Z",
+        "weighing.py",
+        "energy[..., None] - ensemble.log_z",
+        "energy[..., None] - jnp.minimum(ensemble.log_z, jnp.where(ensemble.log_z < jnp.inf, 0.0, jnp.inf))",
+        ("test_weighing.py::test_weights_of_several_stages_are_those_of_blackjax",),
+    ),
+    Mutation(
+        "log Z of earlier stages not passed on to the next",
+        "smc.py",
+        "ensemble=ensemble._replace(log_z=ensemble.log_z - weighed.increment)",
+        "ensemble=ensemble",
+        ("test_smc.py::test_particles_used_again[persistent-three_roles]",),
+    ),
+    Mutation(
+        "error of persistent sampling that takes the earlier log Z for exact",
+        "weighing.py",
+        "learned @ ensemble.influence",
+        "0 * learned @ ensemble.influence",
+        ("test_smc.py::test_error_of_particles_used_again_is_calibrated[persistent]",),
     ),
     Mutation(
         "gradient not whitened",
@@ -378,7 +406,7 @@ MUTATIONS = (
     Mutation(
         "drift from particles without their weights",
         "smc.py",
-        "carried = jnp.mean(z, axis=0) - weights @ cloud.z",
+        "carried = jnp.mean(z, axis=0) - newest @ cloud.z",
         "carried = jnp.mean(z, axis=0) - jnp.mean(cloud.z, axis=0)",
         (_smc("regression"),),
     ),
