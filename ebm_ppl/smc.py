@@ -30,7 +30,7 @@ is, up to noise; where they lag behind, stage after stage carries a mean the sam
 
 and a run whose largest D_j is beyond `UNSETTLED` of its noise ends in a warning; the weights are those of the newest
 particles by themselves. (Of 210 runs on 21 targets with known log Z none came to 2.1; of 10 on a funnel in a box, whose
-log Z came out 1.7 too low, 9 were beyond 4. Particles used again hide it: of waste-free SMC about half were, and of
+log Z came out 1.7 too low, 9 were beyond 4. Particles used again hide it: of waste-free SMC 4 were, and of
 persistent sampling with one move a round none, at errors as large.)
 """
 
