@@ -49,8 +49,12 @@ def move(
     num_moves: int,
     step_size: Array,
     scales: DenseScale,
-) -> Moved:
-    """Moves all particles, of shape (2, N/2, dim), by the scale of their half.
+    chain_length: int = 1,
+) -> tuple[Moved, Array]:
+    """Moves all particles, of shape (2, N/2, dim), by the scale of their half, and collects where they have been.
+
+    With a `chain_length` of more than 1 each particle is the first state of a chain that is so long, a round of moves
+    from one state to the next, and all of them are collected, (2, N/2, chain_length, dim). Otherwise only the last.
 
     Rounds of moves go on until no coordinate remembers where it was (correlation at most .3), or until a round no
     longer helps: between separate modes, say, no number of moves would.
@@ -96,7 +100,16 @@ def move(
     any_alive = jnp.any(jnp.isfinite(states.logdensity))
     count, one = jnp.zeros((), int), jnp.ones((), z.dtype)
     start = Moved(states, step_size, count, jnp.zeros_like(one), count, count, one, 2 * one)
-    return jax.lax.while_loop(again, one_round, start)
+    if chain_length == 1:
+        moved = jax.lax.while_loop(again, one_round, start)
+        return moved, moved.states.position[:, :, None]
+
+    def one_state(moved: Moved, _: None) -> tuple[Moved, Array]:
+        moved = one_round(moved)
+        return moved, moved.states.position
+
+    moved, rest = jax.lax.scan(one_state, start, length=chain_length - 1)
+    return moved, jnp.moveaxis(jnp.concatenate([z[None], rest]), 0, 2)
 
 
 def _correlation(before: Array, after: Array) -> Array:

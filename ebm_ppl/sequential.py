@@ -14,8 +14,8 @@ The engine is `smc.run`: each way from one stop to the next is a phase of one st
 the particles, so the phases are made while the run goes on (`_Walk`). Independent runs share their stops: these are as
 near as the neediest run asks for, which costs a few stages and keeps the runs independent but for that.
 
-Standard errors come from the genealogy, as in `smc.py`. With psi_t^k the influence on log Z of the family of the k-th
-particle of the (tilted) prior up to block t, and S_t^k its weight there,
+Standard errors come from the genealogy, as in `weighing.py`. With psi_t^k the influence on log Z of the family of the
+k-th particle of the (tilted) prior up to block t, and S_t^k its weight there,
 
     var log p(y_1:t)        about  sum_k (psi_t^k)^2 / (1 - sum_k (S_t^k)^2)
     var log p(y_s+1:t)      about  sum_k (psi_t^k - psi_s^k)^2 / (1 - sum_k (S_t^k)^2)
@@ -140,7 +140,7 @@ class _Account:
         self.log_z = 0.0
         """Of the data that are in."""
         self.influence = self.influence_at_block = np.zeros(num)
-        """Of the family of each initial particle on log Z, (N,): so far, and up to the last block; see `smc.py`."""
+        """Of the family of each initial particle on log Z, (N,): so far, and up to the last block: `weighing.py`."""
         self.value: list[float] = []
         self.variance: list[float] = []
         self.elpd_variance: list[float] = []

@@ -1,9 +1,8 @@
 """Tempered sequential Monte Carlo: from the reference through the prior energies to the data.
 
     stage t            pi_t(z)  proportional to  pi_0(z) exp(-U_prior(z) [phase 1 done] - beta_t U(z))
-    weights            w_t^i = exp( -(beta_t - beta_{t-1}) U(z^i) )
-    log Z increment    log (1/N) sum_i w_t^i
-    log Z              sum of the increments, kept apart by phase: "prior", then "data"
+    log Z              sum of the increments that the weights of each stage give (`weighing.py`),
+                       kept apart by phase: "prior", then "data"
     evidence           the "data" part: log Z(prior and data) - log Z(prior)
     one phase          where every prior energy is normalised, log Z(prior) = 0, and both are tempered together
 
@@ -14,28 +13,25 @@ of the very particles that it moves would favour the directions in which they ha
 
 Everything is written for one run; `parallel.py` takes it over independent runs.
 
-The standard error comes from the genealogy, as Lee and Whiteley's (2018). What descends from the k-th initial particle
-is a family. At each stage its weight differs from its number, and these differences add up to its influence on log Z,
+The standard error comes from the families of particles that descend from the same initial one (`weighing.py`).
 
-    psi_k = sum_t sum_{i in family k} ( w_t^i / sum_j w_t^j - 1/N )
-    variance of log Z = sum_k psi_k^2 / ( 1 - sum_k S_k^2 )                 S_k: weight of family k now
+Particles can be used again, in two ways that go together, too:
 
-Resampling changes the numbers and leaves psi as it is, so that its own noise counts only as far as the particles still
-remember it when they are weighed the next time. The divisor makes up for deviations being from the mean of the same
-families: with the last but one of them the error grows beyond all bounds, since nothing is known of it. A run that lost
-most of a mode states a small error, too: see "Limits" in README.md.
+    waste-free       N/P of the particles are resampled, each is the first state of a chain, and all P states count
+    persistent       the particles of the last R stages are weighed together, and resampled from (`weighing.py`)
 
-Every stage resamples, so that the conditional ESS of Zhou, Johansen and Aston (2016) is the ESS. At equal evaluations
-neither weights carried over stages, nor waste-free SMC (Dau and Chopin 2022), nor persistent sampling (Karamanis and
-Seljak 2025) was better throughout: benchmarks/README.md has the numbers.
+At equal evaluations neither is better throughout, nor are weights carried over stages: benchmarks/README.md has the
+numbers. Every stage resamples, so that the conditional ESS of Zhou, Johansen and Aston (2016) is the ESS.
 
 That error bar assumes that the moves mix. Where the particles follow pi_t, its invariant moves leave every mean as it
 is, up to noise; where they lag behind, stage after stage carries a mean the same way. The drift is that sum,
 
     D_j = sum_t ( mean_i z_t^ij - sum_i w_t^i z_{t-1}^ij ) / sd_t^j        its noise: sum_t ( 1/ESS_t + 1/N )
 
-and a run whose largest D_j is beyond `UNSETTLED` of its noise ends in a warning. (Of 210 runs on 21 targets with known
-log Z none came to 2.1; of 10 on a funnel in a box, whose log Z came out 1.7 too low, 9 were beyond 4.)
+and a run whose largest D_j is beyond `UNSETTLED` of its noise ends in a warning; the weights are those of the newest
+particles by themselves. (Of 210 runs on 21 targets with known log Z none came to 2.1; of 10 on a funnel in a box, whose
+log Z came out 1.7 too low, 9 were beyond 4. Particles used again hide it: of waste-free SMC 4 were, and of
+persistent sampling with one move a round none, at errors as large.)
 """
 
 from __future__ import annotations
@@ -49,16 +45,15 @@ import jax.numpy as jnp
 import numpy as np
 from blackjax.smc.ess import log_ess
 from blackjax.smc.resampling import systematic
-from blackjax.smc.solver import dichotomy
-from jax.scipy.special import logsumexp
 
 from ebm_ppl import parallel
 from ebm_ppl.kernels import HMC, MALA, MCLMC
 from ebm_ppl.moves import move
 from ebm_ppl.scale import DenseScale
-from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, check_start, final_values, phase_estimates
+from ebm_ppl.stages import StageInfo, as_path, check, check_start, final_values, phase_estimates
 from ebm_ppl.target import Phase, Tilted
 from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey
+from ebm_ppl.weighing import Ensemble, join, no_ensemble, weigh
 
 UNSETTLED = 4.0
 
@@ -74,11 +69,18 @@ class SMC:
         num_moves: moves of each particle in a round. A stage makes rounds until the particles have decorrelated from
             where they were, or a round no longer helps, at most 20.
         max_stages: bound on the number of stages of a phase.
+        chain_length: states of each of the chains whose states are the particles; more than 1 is waste-free SMC. They
+            are `num_moves` moves apart (1 is best), and the chain must be long enough to forget its start. The error
+            bar rests on the number of chains, `num_particles / chain_length`: hundreds.
+        persistence: stages of a phase whose particles are weighed together; more than 1 is persistent sampling. The
+            effective particles, of which a stage keeps the share `target_ess`, are those of all of them, so that steps
+            are shorter.
 
     References:
         Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers; Buchholz, Chopin and Jacob (2021),
         Adaptive tuning of Hamiltonian Monte Carlo within sequential Monte Carlo; Lee and Whiteley (2018), Variance
-        estimation in the particle filter.
+        estimation in the particle filter; Dau and Chopin (2022), Waste-free sequential Monte Carlo; Karamanis and
+        Seljak (2025), Persistent sampling: enhancing the efficiency of sequential Monte Carlo.
     """
 
     num_particles: int = 1000
@@ -86,6 +88,8 @@ class SMC:
     kernel: HMC | MALA | MCLMC = dataclasses.field(default_factory=lambda: HMC(max_leapfrogs=64))
     num_moves: int = 5
     max_stages: int = 500
+    chain_length: int = 1
+    persistence: int = 1
     name = "SMC"
 
     def __post_init__(self):
@@ -93,6 +97,14 @@ class SMC:
             raise EnergyError(f"num_particles is an even number of at least 4; got {self.num_particles}.")
         if not 0 < self.target_ess < 1:
             raise EnergyError(f"target_ess is a share between 0 and 1, exclusive; got {self.target_ess}.")
+        chains, rest = divmod(self.num_particles, 2 * max(self.chain_length, 1))
+        if self.chain_length < 1 or rest or chains < 2:
+            raise EnergyError(
+                "The particles are those of an even number of chains, at least four: num_particles is a multiple of "
+                f"2 * chain_length; got {self.num_particles} with chain_length {self.chain_length}."
+            )
+        if self.persistence < 1:
+            raise EnergyError(f"persistence is a number of stages, at least 1; got {self.persistence}.")
         if isinstance(self.kernel, MCLMC) and not self.kernel.adjusted:
             raise EnergyError(
                 "Unadjusted MCLMC does not leave its target invariant, so it may not sit inside SMC: use adjusted=True."
@@ -115,8 +127,8 @@ class Cloud(NamedTuple):
     log_z: Array
     influence: Array
     """Of the family of each initial particle on log Z of this phase, (N,)."""
-    weighted: Array
-    """Particles of the last stage before resampling, (N, dim), and their normalised log weights, (N,)."""
+    ensemble: Ensemble
+    """Particles of this and the last stages before resampling, and their normalised log weights, (N, R)."""
     log_weight: Array
     variance: Array
     """Relative variance of this phase's part of Z, once it is done."""
@@ -159,7 +171,7 @@ def run(
         clouds, passed = _run_phase(keys, tempered, sampler, phase, clouds, len(infos), progress_bar, visit)
         log_z |= phase_estimates(phase, passed, num_runs, clouds[0].z.dtype)
         infos += passed
-    final = jax.tree.map(lambda *parts: np.concatenate(parts), *[(c.z, c.weighted, c.log_weight) for c in clouds])
+    final = jax.tree.map(lambda *parts: np.concatenate(parts), *[(c.z, c.ensemble.z, c.log_weight) for c in clouds])
     z, weighted, log_weight = final
     path = as_path(infos, num_runs)
     path["role"] = np.array([phase != "prior" for phase, _ in infos], dtype=np.int8)
@@ -173,7 +185,7 @@ def run(
         "largest_drift": float(np.max(final_values(path["drift"]), initial=0.0)),
         "largest_mean_energy": float(np.max(np.abs(final_values(path["mean_energy"])), initial=0.0)),
     }
-    particles = {"z": weighted, "log_weight": log_weight}
+    particles = {"z": weighted.reshape(num_runs, -1, target.dim), "log_weight": log_weight.reshape(num_runs, -1)}
     return Draws(z, {}, attrs, particles=particles, stages=path, log_z=log_z)
 
 
@@ -194,15 +206,19 @@ def _initial(key: PRNGKey, target: Tilted, sampler: SMC) -> Cloud:
     z = jax.vmap(target.sample_reference)(jax.random.split(jax.random.fold_in(key, 0), num))
     zero, zeros = jnp.zeros((), z.dtype), jnp.zeros(num, z.dtype)
     step_size, drift = zero + target.dim**-0.25, jnp.zeros(target.dim, z.dtype)
-    eve, log_weight = jnp.arange(num), zeros - jnp.log(num)
-    return Cloud(z, zeros, zeros, eve, zero, step_size, zero, zeros, z, log_weight, zero, drift, zero)
+    ensemble = no_ensemble(z, sampler.persistence)
+    log_weight = jnp.full_like(ensemble.energy, -jnp.inf).at[:, 0].set(-jnp.log(num))
+    eve = jnp.arange(num)
+    return Cloud(z, zeros, zeros, eve, zero, step_size, zero, zeros, ensemble, log_weight, zero, drift, zero)
 
 
 def _enter(cloud: Cloud, target: Tilted, phase: str) -> Cloud:
     """The same particles at the start of another phase."""
     base, energy = jax.vmap(lambda z: _split(target, phase, z))(cloud.z)
     zero, zeros = jnp.zeros_like(cloud.log_z), jnp.zeros_like(cloud.influence)
-    return cloud._replace(base=base, energy=energy, beta=zero, log_z=zero, influence=zeros, variance=zero)
+    ensemble = no_ensemble(cloud.z, len(cloud.ensemble.beta))
+    start = {"beta": zero, "log_z": zero, "influence": zeros, "ensemble": ensemble, "variance": zero}
+    return cloud._replace(base=base, energy=energy, **start)
 
 
 def _split(target: Tilted, phase: str, z: Array) -> tuple[Array, Array]:
@@ -260,53 +276,52 @@ def _stage(
 
 def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cloud) -> tuple[Cloud, StageInfo]:
     """Weigh, resample, move: from the temperature of the cloud to the next one."""
-    num = sampler.num_particles
+    num, length = sampler.num_particles, sampler.chain_length
     key_resample, key_move = jax.random.split(key)
     nan = jnp.isnan(cloud.energy) | ~jnp.isfinite(cloud.base)
     energy = jnp.where(nan, jnp.inf, cloud.energy)
 
-    step = _temperature_step(energy, cloud.beta, sampler.target_ess)
-    beta = jnp.where(cloud.beta + step >= 1.0 - SMALLEST_STEP, 1.0, cloud.beta + step)
-    step = beta - cloud.beta
-    log_w = -step * energy
-    increment = logsumexp(log_w) - jnp.log(num)
-    log_w = log_w - logsumexp(log_w)
-    weights = jnp.exp(log_w)
-
-    influence = cloud.influence.at[cloud.eve].add(weights - 1 / num)
-    share = jnp.zeros(num, weights.dtype).at[cloud.eve].add(weights)
-    variance = jnp.sum(influence**2) / jnp.maximum(1 - jnp.sum(share**2), jnp.finfo(weights.dtype).tiny)
-    ancestors = systematic(key_resample, weights, num)
-    ess = jnp.exp(log_ess(log_w))
+    ensemble = join(cloud.ensemble, cloud.z, energy, cloud.eve, cloud.beta, cloud.influence)
+    weighed = weigh(ensemble, cloud.beta, sampler.target_ess)
+    beta, weights = weighed.beta, jnp.exp(weighed.log_weight)
+    before, eve = ensemble.z.reshape(-1, cloud.z.shape[-1]), ensemble.eve.ravel()
+    ancestors = systematic(key_resample, weights.ravel(), num)
+    ess = jnp.exp(log_ess(weighed.log_weight.ravel()))
 
     def log_density(z: Array) -> Array:
         base, energy = _split(target, phase, z)
         return base - beta * energy
 
-    start = cloud.z[ancestors].reshape(2, num // 2, -1)
+    resampled = before[ancestors].reshape(2, num // 2, -1)
     # Not by vmap: with a batch of matrices the runs would have to go one at a time (`xla.may_run_beside_itself`).
-    halves = [DenseScale.of_cloud(half, ess / 2) for half in start[::-1]]
+    halves = [DenseScale.of_cloud(half, jnp.minimum(ess, num) / 2) for half in resampled[::-1]]
     scales = jax.tree.map(lambda *of_halves: jnp.stack(of_halves), *halves)
-    moved = move(key_move, start, log_density, sampler.kernel, sampler.num_moves, cloud.step_size, scales)
-    z = moved.states.position.reshape(num, -1)
+    # One in so many of a systematic sample, the first by chance, is a smaller systematic sample.
+    first = ancestors.reshape(-1, length)[:, jax.random.randint(jax.random.fold_in(key_resample, 1), (), 0, length)]
+    start = before[first].reshape(2, num // length // 2, -1)
+    moved, chains = move(
+        key_move, start, log_density, sampler.kernel, sampler.num_moves, cloud.step_size, scales, length
+    )
+    z = chains.reshape(num, -1)
     base, new_energy = jax.vmap(lambda z: _split(target, phase, z))(z)
-    log_z = cloud.log_z + increment
-    carried = jnp.mean(z, axis=0) - weights @ cloud.z
+    log_z = cloud.log_z + weighed.increment
+    newest = jax.nn.softmax(jnp.where(jnp.isfinite(energy), -weighed.step * energy, -jnp.inf))
+    carried = jnp.mean(z, axis=0) - newest @ cloud.z
     rounding = jnp.finfo(z.dtype).eps * jnp.max(jnp.abs(z), axis=0) * num + jnp.finfo(z.dtype).tiny
     drift = cloud.drift + carried / jnp.maximum(jnp.std(z, axis=0), rounding)
-    drift_noise = cloud.drift_noise + 1 / ess + 1 / num
+    drift_noise = cloud.drift_noise + jnp.sum(newest**2) + 1 / num
     after = Cloud(
         z=z,
         base=base,
         energy=new_energy,
-        eve=cloud.eve[ancestors],
+        eve=jnp.repeat(eve[first], length),
         beta=beta,
         step_size=moved.step_size,
         log_z=log_z,
-        influence=influence,
-        weighted=cloud.z,
-        log_weight=log_w,
-        variance=variance,
+        influence=weighed.influence,
+        ensemble=ensemble._replace(log_z=ensemble.log_z - weighed.increment),
+        log_weight=weighed.log_weight,
+        variance=weighed.variance,
         drift=drift,
         drift_noise=drift_noise,
     )
@@ -316,28 +331,16 @@ def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cl
         accept_rate=moved.accepted,
         num_moves=moved.moves,
         correlation=moved.correlation,
-        log_z_increment=increment,
+        log_z_increment=weighed.increment,
         log_z=log_z,
-        log_z_std_error=jnp.sqrt(variance),
-        mean_energy=jnp.sum(jnp.where(weights > 0, weights * cloud.energy, 0.0)),
+        log_z_std_error=jnp.sqrt(weighed.variance),
+        mean_energy=jnp.sum(jnp.where(weights > 0, weights * ensemble.energy, 0.0)),
         drift=jnp.max(jnp.abs(drift)) / jnp.sqrt(drift_noise),
         step_size=moved.step_size,
-        temperature_step=step,
-        num_evaluations=num * (moved.leapfrogs + 2.0),
+        temperature_step=weighed.step,
+        num_evaluations=num // length * (moved.leapfrogs + 1.0) + num,
         num_nan=moved.num_nan + jnp.sum(nan),
         num_zero=jnp.sum(energy == jnp.inf),
         num_infinite=jnp.sum(cloud.energy == -jnp.inf),
     )
     return after, jax.tree.map(lambda x: jnp.asarray(x, z.dtype), info)
-
-
-def _temperature_step(energy: Array, beta: Array, target_ess: float) -> Array:
-    """The largest step that keeps the wanted share of effective particles among those with non-zero mass."""
-    alive = jnp.isfinite(energy)
-    wanted = jnp.log(target_ess * jnp.sum(alive))
-    safe = jnp.where(alive, energy, 0.0)
-
-    def surplus(step: Array) -> Array:
-        return log_ess(jnp.where(alive, -step * safe, -jnp.inf)) - wanted
-
-    return dichotomy(surplus, jnp.zeros_like(beta), 1.0 - beta, eps=1e-6)

@@ -9,6 +9,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+import scipy.stats as st
 from limits import chi2_limits, t_limit
 from problems import FUNNEL_IN_A_BOX, PROBLEMS, Problem, funnel_in_a_box
 
@@ -20,6 +21,10 @@ NUM_RUNS = 200
 COSTLY = {"correlated_box": 50, "correlated_normal": 50}
 """Fewer runs of the problems in many dimensions."""
 SAMPLER = ebm.SMC(num_particles=500)
+USED_AGAIN = {
+    "waste-free": ebm.SMC(num_particles=2000, chain_length=10, num_moves=1),
+    "persistent": ebm.SMC(num_particles=500, persistence=8, num_moves=1),
+}
 KNOWN = [name for name, problem in PROBLEMS.items() if "SMC" in problem.samplers]
 TWO_PHASES = [name for name in KNOWN if PROBLEMS[name].log_z_prior is not None]
 NUM_COMPONENTS = sum(2 * np.size(mean) for name in KNOWN for mean in PROBLEMS[name].means.values())
@@ -48,12 +53,26 @@ class Result:
 @pytest.mark.parametrize("name", KNOWN)
 def test_evidence_and_particles(name):
     """All runs of one problem, in one call, and all that they promise."""
+    check_runs(name, SAMPLER, COSTLY.get(name, NUM_RUNS))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "three_roles" else pytest.param(name, marks=pytest.mark.slow) for name in KNOWN],
+)
+@pytest.mark.parametrize("scheme", USED_AGAIN)
+def test_particles_used_again(scheme, name):
+    """The same promises by waste-free SMC and by persistent sampling."""
+    check_runs(name, USED_AGAIN[scheme], 100)
+
+
+def check_runs(name, sampler, num_runs):
     problem = PROBLEMS[name]
     data = ebm.sample(
         jax.random.key(2024),
         problem.target(),
-        SAMPLER,
-        num_chains=COSTLY.get(name, NUM_RUNS),
+        sampler,
+        num_chains=num_runs,
         progress_bar=False,
         log_likelihood=False,
     )
@@ -63,7 +82,7 @@ def test_evidence_and_particles(name):
     check_pooled_value_and_its_error(result)
     check_moments_of_draws(result)
     check_moments_of_weighted_particles(result)
-    check_that_the_path_is_whole(result)
+    check_that_the_path_is_whole(result, sampler)
 
 
 def test_particles_that_lag_behind_are_told_of():
@@ -127,7 +146,7 @@ def check_moments_of_weighted_particles(result):
             assert np.max(np.abs(moments.mean(0) - truth) / error) < limit, site
 
 
-def check_that_the_path_is_whole(result):
+def check_that_the_path_is_whole(result, sampler):
     """The stages of each run end at one, add up to its log Z by role, and keep the wanted share of particles."""
     path, runs = result.data["smc"], result.data["log_z"]
     role, beta, increments = path["role"].values, path["beta"].values, path["log_z_increment"].values
@@ -143,8 +162,8 @@ def check_that_the_path_is_whole(result):
         np.testing.assert_allclose(
             np.nansum(increments[:, role == code], axis=1), runs[f"{name}_value"].values, rtol=1e-10
         )
-    share = path["ess"].values / SAMPLER.num_particles
-    assert np.nanmin(share) > SAMPLER.target_ess - 0.05
+    share = path["ess"].values / sampler.num_particles
+    assert np.nanmin(share) > sampler.target_ess - 0.05
 
 
 def test_error_of_a_single_run_is_calibrated():
@@ -154,6 +173,34 @@ def test_error_of_a_single_run_is_calibrated():
     estimate = ebm.log_z(jax.random.key(5), problem.target(), sampler, num_runs=100)
     scores = (estimate.replicates - problem.log_z) / np.asarray(estimate.diagnostics["run_std_errors"])
     low, high = chi2_limits(1, 100)
+    assert low < np.sum(scores**2) < high
+
+
+@pytest.mark.parametrize("scheme", USED_AGAIN)
+def test_error_of_particles_used_again_is_calibrated(scheme):
+    """Short stages: a chain's states are alike, and the particles of a stage are weighed over and over."""
+    problem = PROBLEMS["normal_mean"]
+    sampler = dataclasses.replace(USED_AGAIN[scheme], target_ess=0.9)
+    estimate = ebm.log_z(jax.random.key(5), problem.target(), sampler, num_runs=100)
+    scores = (estimate.replicates - problem.log_z) / np.asarray(estimate.diagnostics["run_std_errors"])
+    low, high = chi2_limits(len(USED_AGAIN), 100)
+    assert low < np.sum(scores**2) < high
+
+
+@pytest.mark.parametrize("scheme", USED_AGAIN)
+def test_particles_used_again_know_no_mass_and_nan(scheme):
+    """Half of the reference has no mass, and a part of it no energy at all: counted, and given none."""
+
+    def model():
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ebm.energy_factor("e", jnp.where(x > 2.0, jnp.nan, jnp.where(x < 0.0, jnp.inf, 3 * x)), role="loss")
+
+    truth = 4.5 + math.log(st.norm.cdf(5.0) - st.norm.cdf(3.0))
+    with pytest.warns(ebm.EnergyWarning, match="NaN"):
+        estimate = ebm.log_z(jax.random.key(1), ebm.target(model), USED_AGAIN[scheme], num_runs=10)
+    assert estimate.diagnostics["num_nan_energy"] > 0
+    scores = (estimate.replicates - truth) / np.asarray(estimate.diagnostics["run_std_errors"])
+    low, high = chi2_limits(len(USED_AGAIN), 10)
     assert low < np.sum(scores**2) < high
 
 
@@ -328,6 +375,12 @@ def test_refusals_are_sentences():
     target = ebm.target(model)
     with pytest.raises(ebm.EnergyError, match="target_ess is a share"):
         ebm.SMC(target_ess=1.0)
+    with pytest.raises(ebm.EnergyError, match="got 1000 with chain_length 7"):
+        ebm.SMC(chain_length=7)
+    with pytest.raises(ebm.EnergyError, match="got 2000 with chain_length 1000"):
+        ebm.SMC(num_particles=2000, chain_length=1000)
+    with pytest.raises(ebm.EnergyError, match="persistence is a number of stages"):
+        ebm.SMC(persistence=0)
     with pytest.raises(ebm.EnergyError, match="Unadjusted MCLMC"):
         ebm.SMC(kernel=ebm.MCLMC(adjusted=False))
     for setting in ({"num_samples": 10}, {"num_warmup": 10}, {"thin": 2}):
