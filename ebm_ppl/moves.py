@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Tuning
 from ebm_ppl.scale import DenseScale
+from ebm_ppl.sharding import Layout
 from ebm_ppl.typing import Array, PRNGKey
 
 FAIR_ACCEPTANCE = 0.3
@@ -49,6 +50,7 @@ def move(
     num_moves: int,
     step_size: Array,
     scales: DenseScale,
+    layout: Layout,
 ) -> Moved:
     """Moves all particles, of shape (2, N/2, dim), by the scale of their half.
 
@@ -60,6 +62,7 @@ def move(
     """
     kernel = sampler.kernel()
     dim = z.shape[-1]
+    over_particles = layout.halved().over
 
     def again(moved: Moved) -> Array:
         falling = moved.correlation < STILL_FALLING * moved.previous
@@ -76,12 +79,14 @@ def move(
         num_steps = kernel.length(key_length, Tuning(moved.step_size, scales), dim)
         shorter = jnp.exp(-jax.random.uniform(key_jitter, z.shape[:2], z.dtype))
 
-        def step(key: PRNGKey, state: Any, factor: Array, scale: DenseScale) -> tuple[Any, dict[str, Array]]:
-            return kernel.step(key, state, log_density, Tuning(moved.step_size * factor, scale), num_steps)
+        def of_half(keys: PRNGKey, states: Any, factors: Array, scale: DenseScale) -> tuple[Any, dict[str, Array]]:
+            def step(key: PRNGKey, state: Any, factor: Array) -> tuple[Any, dict[str, Array]]:
+                return kernel.step(key, state, log_density, Tuning(moved.step_size * factor, scale), num_steps)
 
-        over_particles = jax.vmap(step, (0, 0, 0, None))
+            return over_particles(step)(keys, states, factors)
+
         keys = jax.random.split(key_step, z.shape[:2])
-        states, stats = jax.vmap(over_particles)(keys, moved.states, shorter, scales)
+        states, stats = jax.vmap(of_half)(keys, moved.states, shorter, scales)
         accepted = jnp.mean(stats["acceptance_rate"])
         return moved._replace(
             states=states,
@@ -92,7 +97,7 @@ def move(
             num_nan=moved.num_nan + jnp.sum(stats["nan_energy"]),
         )
 
-    states = jax.vmap(jax.vmap(lambda z: kernel.init(z, log_density)))(z)
+    states = jax.vmap(over_particles(lambda z: kernel.init(z, log_density)))(z)
     any_alive = jnp.any(jnp.isfinite(states.logdensity))
     count, one = jnp.zeros((), int), jnp.ones((), z.dtype)
     start = Moved(states, step_size, count, jnp.zeros_like(one), count, count, one, 2 * one)

@@ -5,6 +5,8 @@
     result = once(f, *args)                         f(*args), of what comes between
     program = prepare_over(...), prepare_once(...)  the same, compiled in the background until it is called
 
+On a mesh of devices (`sharding.py`) each runs its share of the members as a batch.
+
 An accelerator wants one large batch. A processor does not: a batch makes each step together, so it waits for its
 longest trajectory, and small operations leave all cores but one idle.
 
@@ -26,6 +28,8 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from ebm_ppl import sharding
+from ebm_ppl.sharding import Mesh
 from ebm_ppl.xla import compiler_options, may_run_beside_itself
 
 MOST_CALLS = 16
@@ -51,25 +55,35 @@ class Program(NamedTuple):
     """Whether several threads may run it at the same time."""
 
 
-def over(function: Callable, parts: list[Any], *shared: Any, hurry: bool = False) -> list[Any]:
+def over(
+    function: Callable, parts: list[Any], *shared: Any, hurry: bool = False, mesh: Mesh | None = None
+) -> list[Any]:
     """`function(member, *shared)` for each member of each part, with the leading axis of its part.
 
     Args:
         function: pure, defined at the top of a module, from arrays to arrays.
         shared: arrays and hashable settings, the same for all.
         hurry: whether to compile fast rather than well, for what each member runs but once.
+        mesh: devices that share the members of each part; the results are gathered.
     """
-    program = prepare_over(function, parts[0], *shared, hurry=hurry)
+    program = prepare_over(function, parts[0], *shared, hurry=hurry, mesh=mesh)
     compiled, shared = program.compiled.result(), eqx.filter(shared, _is_array)
+    if mesh is not None:
+        parts, shared = sharding.spread(parts, mesh), sharding.everywhere(shared, mesh)
+        return [sharding.gathered(compiled(part, *shared)) for part in parts]
     if len(parts) == 1:
         return [compiled(parts[0], *shared)]
     in_turn_or_together = _runners().map if program.in_threads else map
     return list(in_turn_or_together(lambda part: jax.block_until_ready(compiled(part, *shared)), parts))
 
 
-def prepare_over(function: Callable, part: Any, *shared: Any, hurry: bool = False) -> Program:
+def prepare_over(function: Callable, part: Any, *shared: Any, hurry: bool = False, mesh: Mesh | None = None) -> Program:
     """Prepares what `over` will run."""
-    return prepare(_of_part(function), part, *shared, hurry=hurry)
+    if mesh is None:
+        return prepare(_of_part(function), part, *shared, hurry=hurry)
+    part, shared = sharding.shapes((part, shared))
+    part, shared = sharding.spread(part, mesh), sharding.everywhere(shared, mesh)
+    return prepare(_of_shares(function, mesh), part, *shared, hurry=hurry)
 
 
 def once(function: Callable, *args: Any) -> Any:
@@ -87,8 +101,7 @@ def prepare(function: Callable, *args: Any, hurry: bool = False) -> Program:
     """Traces a function, and compiles it in the background; shapes may stand for arrays."""
     arrays, settings = eqx.partition(args, _is_array)
     leaves, structure = jax.tree.flatten(settings)
-    avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
-    avals, aval_structure = jax.tree.flatten(avals)
+    avals, aval_structure = jax.tree.flatten(sharding.shapes(arrays))
     return _program(function, hurry, tuple(leaves), structure, tuple(avals), aval_structure, *_context())
 
 
@@ -103,6 +116,12 @@ def _of_part(function: Callable) -> Callable:
         return jax.tree.map(lambda x: x[None], result)
 
     return of_part
+
+
+@functools.cache
+def _of_shares(function: Callable, mesh: Mesh) -> Callable:
+    """The function over the members of a part, each device with its share of them."""
+    return sharding.over_shares(_of_part(function), mesh)
 
 
 @functools.cache
@@ -133,4 +152,9 @@ def _program(
     options: dict[str, Any] = {"xla_backend_optimization_level": 0} if hurry else {}
     if jax.default_backend() == "cpu":
         options |= compiler_options(jaxpr)
-    return Program(traced.out_info, _COMPILER.submit(traced.lower().compile, options), may_run_beside_itself(jaxpr))
+    beside_itself = may_run_beside_itself(jaxpr)
+    on_mesh = sharding.is_on_mesh(avals)
+    if on_mesh and not beside_itself:
+        sharding.require_devices_that_do_not_wait(avals)
+    compiled = _COMPILER.submit(traced.lower().compile, options)
+    return Program(traced.out_info, compiled, beside_itself and not on_mesh)

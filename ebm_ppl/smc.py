@@ -52,10 +52,11 @@ from blackjax.smc.resampling import systematic
 from blackjax.smc.solver import dichotomy
 from jax.scipy.special import logsumexp
 
-from ebm_ppl import parallel
+from ebm_ppl import parallel, sharding
 from ebm_ppl.kernels import HMC, MALA, MCLMC
 from ebm_ppl.moves import move
 from ebm_ppl.scale import DenseScale
+from ebm_ppl.sharding import Layout, Mesh
 from ebm_ppl.stages import SMALLEST_STEP, StageInfo, as_path, check, check_start, final_values, phase_estimates
 from ebm_ppl.target import Phase, Tilted
 from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey
@@ -74,6 +75,8 @@ class SMC:
         num_moves: moves of each particle in a round. A stage makes rounds until the particles have decorrelated from
             where they were, or a round no longer helps, at most 20.
         max_stages: bound on the number of stages of a phase.
+        chunk_size: particles that are evaluated at a time, where all of them at once would not fit into memory; it
+            changes results by rounding only.
 
     References:
         Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers; Buchholz, Chopin and Jacob (2021),
@@ -86,6 +89,7 @@ class SMC:
     kernel: HMC | MALA | MCLMC = dataclasses.field(default_factory=lambda: HMC(max_leapfrogs=64))
     num_moves: int = 5
     max_stages: int = 500
+    chunk_size: int | None = None
     name = "SMC"
 
     def __post_init__(self):
@@ -93,6 +97,8 @@ class SMC:
             raise EnergyError(f"num_particles is an even number of at least 4; got {self.num_particles}.")
         if not 0 < self.target_ess < 1:
             raise EnergyError(f"target_ess is a share between 0 and 1, exclusive; got {self.target_ess}.")
+        if self.chunk_size is not None and self.chunk_size < 2:
+            raise EnergyError(f"chunk_size is a number of particles, at least 2; got {self.chunk_size}.")
         if isinstance(self.kernel, MCLMC) and not self.kernel.adjusted:
             raise EnergyError(
                 "Unadjusted MCLMC does not leave its target invariant, so it may not sit inside SMC: use adjusted=True."
@@ -133,6 +139,7 @@ def run(
     *,
     num_runs: int = 1,
     progress_bar: bool = True,
+    mesh: Mesh | None = None,
     visit: Callable[[list[Cloud]], None] = lambda clouds: None,
     next_phase: Callable[[list[Cloud]], tuple[Phase, Tilted] | None] | None = None,
 ) -> Draws:
@@ -140,7 +147,7 @@ def run(
 
     After each stage `visit` is called with the clouds at its temperature. The phases are those of the target, unless
     `next_phase` makes them, from the clouds at the end of the one before, until it returns None; of several with the
-    same name `log_z` has the last.
+    same name `log_z` has the last. With a mesh, its devices share the particles of each run, and the runs take turns.
 
     Raises:
         NoReferenceError, IntractablePartitionError: where log Z has no meaning for the model.
@@ -148,18 +155,24 @@ def run(
     """
     target.require_tractable()
     target.require_reference()
+    mesh = sharding.flat(mesh)
+    sharding.require_equal_shares(sampler.num_particles // 2, mesh, "particles in each half of the cloud")
+    layout = Layout(mesh, sampler.chunk_size)
     keys = parallel.split(jax.random.split(key, num_runs), most=num_runs)
-    clouds = parallel.over(_initial, keys, target, sampler)
+    keys, target = sharding.everywhere((keys, target), mesh)
+    clouds = parallel.over(_initial, keys, target, sampler, layout)
     log_z, infos = {}, []
     known = iter(target.phases())
     while coming := next_phase(clouds) if next_phase else next(known, None):
         phase, tempered = coming
-        clouds = parallel.over(_enter, clouds, tempered, phase)
+        clouds = parallel.over(_enter, clouds, tempered, phase, layout)
         check_start(np.concatenate([cloud.energy for cloud in clouds]), phase)
-        clouds, passed = _run_phase(keys, tempered, sampler, phase, clouds, len(infos), progress_bar, visit)
+        first = len(infos)
+        clouds, passed = _run_phase(keys, tempered, sampler, layout, phase, clouds, first, progress_bar, visit)
         log_z |= phase_estimates(phase, passed, num_runs, clouds[0].z.dtype)
         infos += passed
-    final = jax.tree.map(lambda *parts: np.concatenate(parts), *[(c.z, c.weighted, c.log_weight) for c in clouds])
+    final = [sharding.gathered((cloud.z, cloud.weighted, cloud.log_weight)) for cloud in clouds]
+    final = jax.tree.map(lambda *parts: np.concatenate(parts), *final)
     z, weighted, log_weight = final
     path = as_path(infos, num_runs)
     path["role"] = np.array([phase != "prior" for phase, _ in infos], dtype=np.int8)
@@ -189,20 +202,30 @@ def lagging(drift: float) -> tuple[str, ...]:
     )
 
 
-def _initial(key: PRNGKey, target: Tilted, sampler: SMC) -> Cloud:
+def _initial(key: PRNGKey, target: Tilted, sampler: SMC, layout: Layout) -> Cloud:
     num = sampler.num_particles
-    z = jax.vmap(target.sample_reference)(jax.random.split(jax.random.fold_in(key, 0), num))
+    z = layout.over(target.sample_reference)(jax.random.split(jax.random.fold_in(key, 0), num))
     zero, zeros = jnp.zeros((), z.dtype), jnp.zeros(num, z.dtype)
     step_size, drift = zero + target.dim**-0.25, jnp.zeros(target.dim, z.dtype)
     eve, log_weight = jnp.arange(num), zeros - jnp.log(num)
-    return Cloud(z, zeros, zeros, eve, zero, step_size, zero, zeros, z, log_weight, zero, drift, zero)
+    return _laid_out(
+        Cloud(z, zeros, zeros, eve, zero, step_size, zero, zeros, z, log_weight, zero, drift, zero), layout
+    )
 
 
-def _enter(cloud: Cloud, target: Tilted, phase: str) -> Cloud:
+def _laid_out(cloud: Cloud, layout: Layout) -> Cloud:
+    """Vectors for each particle over the devices, and whatever is a number everywhere."""
+    z, weighted = layout.spread((cloud.z, cloud.weighted))
+    numbers = layout.everywhere(cloud._replace(z=None, weighted=None))
+    return numbers._replace(z=z, weighted=weighted)
+
+
+def _enter(cloud: Cloud, target: Tilted, phase: str, layout: Layout) -> Cloud:
     """The same particles at the start of another phase."""
-    base, energy = jax.vmap(lambda z: _split(target, phase, z))(cloud.z)
+    base, energy = layout.over(lambda z: _split(target, phase, z))(cloud.z)
     zero, zeros = jnp.zeros_like(cloud.log_z), jnp.zeros_like(cloud.influence)
-    return cloud._replace(base=base, energy=energy, beta=zero, log_z=zero, influence=zeros, variance=zero)
+    cloud = cloud._replace(base=base, energy=energy, beta=zero, log_z=zero, influence=zeros, variance=zero)
+    return _laid_out(cloud, layout)
 
 
 def _split(target: Tilted, phase: str, z: Array) -> tuple[Array, Array]:
@@ -217,6 +240,7 @@ def _run_phase(
     keys: list[Array],
     target: Tilted,
     sampler: SMC,
+    layout: Layout,
     phase: str,
     clouds: list[Cloud],
     first: int,
@@ -231,10 +255,10 @@ def _run_phase(
         while under_way := [i for i, cloud in enumerate(clouds) if np.any(np.asarray(cloud.beta) < 1.0)]:
             stage = np.array(first + len(infos) + 1)
             members = [(keys[i], clouds[i]) for i in under_way]
-            results = parallel.over(_stage, members, target, sampler, phase, stage)
+            results = parallel.over(_stage, members, target, sampler, layout, phase, stage)
             parts: list[Any] = [[np.full(len(cloud.beta), np.nan)] * len(StageInfo._fields) for cloud in clouds]
-            for i, (cloud, info) in zip(under_way, jax.device_get(results), strict=True):
-                clouds[i], parts[i] = cloud, info
+            for i, (cloud, info) in zip(under_way, results, strict=True):
+                clouds[i], parts[i] = cloud, jax.device_get(info)
             info: Any = StageInfo(*map(np.concatenate, zip(*parts, strict=True)))  # pyright: ignore
             check(info, phase, len(infos) + 1, sampler.num_particles, sampler.max_stages)
             infos.append((phase, info))
@@ -248,17 +272,20 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
 def _stage(
-    member: tuple[PRNGKey, Cloud], target: Tilted, sampler: SMC, phase: str, stage: Array
+    member: tuple[PRNGKey, Cloud], target: Tilted, sampler: SMC, layout: Layout, phase: str, stage: Array
 ) -> tuple[Cloud, StageInfo]:
     """One stage of a run, or none if it is done: some of its part may be."""
     key, cloud = member
-    after, info = _one_stage(jax.random.fold_in(key, stage), target, sampler, phase, cloud)
+    after, info = _one_stage(jax.random.fold_in(key, stage), target, sampler, layout, phase, cloud)
     done = cloud.beta >= 1.0
     kept = jax.tree.map(lambda new, old: jnp.where(done, old, new), after, cloud)
-    return kept, jax.tree.map(lambda x: jnp.where(done, jnp.nan, x), info)
+    info = jax.tree.map(lambda x: jnp.where(done, jnp.nan, x), info)
+    return _laid_out(kept, layout), layout.everywhere(info)
 
 
-def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cloud) -> tuple[Cloud, StageInfo]:
+def _one_stage(
+    key: PRNGKey, target: Tilted, sampler: SMC, layout: Layout, phase: str, cloud: Cloud
+) -> tuple[Cloud, StageInfo]:
     """Weigh, resample, move: from the temperature of the cloud to the next one."""
     num = sampler.num_particles
     key_resample, key_move = jax.random.split(key)
@@ -283,13 +310,13 @@ def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cl
         base, energy = _split(target, phase, z)
         return base - beta * energy
 
-    start = cloud.z[ancestors].reshape(2, num // 2, -1)
+    start = layout.spread(layout.everywhere(cloud.z)[ancestors].reshape(2, num // 2, -1), axis=1)
     # Not by vmap: with a batch of matrices the runs would have to go one at a time (`xla.may_run_beside_itself`).
     halves = [DenseScale.of_cloud(half, ess / 2) for half in start[::-1]]
     scales = jax.tree.map(lambda *of_halves: jnp.stack(of_halves), *halves)
-    moved = move(key_move, start, log_density, sampler.kernel, sampler.num_moves, cloud.step_size, scales)
-    z = moved.states.position.reshape(num, -1)
-    base, new_energy = jax.vmap(lambda z: _split(target, phase, z))(z)
+    moved = move(key_move, start, log_density, sampler.kernel, sampler.num_moves, cloud.step_size, scales, layout)
+    z = layout.spread(moved.states.position.reshape(num, -1))
+    base, new_energy = layout.over(lambda z: _split(target, phase, z))(z)
     log_z = cloud.log_z + increment
     carried = jnp.mean(z, axis=0) - weights @ cloud.z
     rounding = jnp.finfo(z.dtype).eps * jnp.max(jnp.abs(z), axis=0) * num + jnp.finfo(z.dtype).tiny
