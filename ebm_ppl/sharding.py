@@ -160,7 +160,12 @@ def _everywhere(mesh: Mesh) -> NamedSharding:
 
 def _lies(x: Any) -> NamedSharding | None:
     lies = getattr(x, "sharding", None)
-    return lies if isinstance(lies, NamedSharding) else None
+    if not isinstance(lies, NamedSharding):
+        return None
+    axes = list(lies.spec)
+    while axes and axes[-1] is None:  # the same with and without, but another key to the cache of programs
+        axes.pop()
+    return NamedSharding(lies.mesh, PartitionSpec(*axes))
 
 
 def _is_array(x: Any) -> bool:
