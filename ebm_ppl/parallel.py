@@ -30,6 +30,7 @@ import numpy as np
 
 from ebm_ppl import sharding
 from ebm_ppl.sharding import Mesh
+from ebm_ppl.typing import OutOfMemoryError
 from ebm_ppl.xla import compiler_options, may_run_beside_itself
 
 MOST_CALLS = 16
@@ -97,6 +98,11 @@ def prepare_once(function: Callable, *args: Any) -> Program:
     return prepare(function, *args, hurry=True)
 
 
+def at_once(program: Program, num_parts: int) -> int:
+    """How many parts `over` runs at the same time."""
+    return min(num_parts, _num_cores()) if program.in_threads else 1
+
+
 def prepare(function: Callable, *args: Any, hurry: bool = False) -> Program:
     """Traces a function, and compiles it in the background; shapes may stand for arrays."""
     arrays, settings = eqx.partition(args, _is_array)
@@ -126,9 +132,12 @@ def _of_shares(function: Callable, mesh: Mesh) -> Callable:
 
 @functools.cache
 def _runners() -> ThreadPoolExecutor:
-    """A thread for each core that this process may use, which a container or a batch system may have limited."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ThreadPoolExecutor(cores)
+    return ThreadPoolExecutor(_num_cores())
+
+
+def _num_cores() -> int:
+    """Those that this process may use, which a container or a batch system may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_array(x: Any) -> bool:
@@ -156,5 +165,34 @@ def _program(
     on_mesh = sharding.is_on_mesh(avals)
     if on_mesh and not beside_itself:
         sharding.require_devices_that_do_not_wait(avals)
-    compiled = _COMPILER.submit(traced.lower().compile, options)
+    compiled = _COMPILER.submit(_compiled, traced.lower(), options)
     return Program(traced.out_info, compiled, beside_itself and not on_mesh)
+
+
+def _compiled(lowered: Any, options: dict[str, Any]) -> Any:
+    compiled = lowered.compile(options)
+    held = compiled.memory_analysis()
+    if held is not None:  # which not every backend tells
+        require_room(held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes)
+    return compiled
+
+
+def require_room(num_bytes: int) -> None:
+    """Raises where a device cannot hold so much, as far as its memory is known."""
+    room = _room()
+    if room is not None and num_bytes > room:
+        raise OutOfMemoryError(
+            f"This takes {num_bytes / 1e9:.1f} GB on a device that has {room / 1e9:.1f} GB. Evaluate fewer particles "
+            "at a time (SMC(chunk_size=...)), share them or the chains among more devices (mesh=...), or use fewer."
+        )
+
+
+def _room() -> int | None:
+    """Bytes of memory of a device, by its own account or, on the CPU, the machine's."""
+    known = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in known or jax.default_backend() != "cpu":
+        return known.get("bytes_limit")
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # an operating system that does not tell
+        return None

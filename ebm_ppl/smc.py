@@ -155,11 +155,7 @@ def run(
     """
     target.require_tractable()
     target.require_reference()
-    mesh = sharding.flat(mesh)
-    sharding.require_equal_shares(sampler.num_particles // 2, mesh, "particles in each half of the cloud")
-    layout = Layout(mesh, sampler.chunk_size)
-    keys = parallel.split(jax.random.split(key, num_runs), most=num_runs)
-    keys, target = sharding.everywhere((keys, target), mesh)
+    layout, keys, target = laid_out(key, target, sampler, num_runs, mesh)
     clouds = parallel.over(_initial, keys, target, sampler, layout)
     log_z, infos = {}, []
     known = iter(target.phases())
@@ -190,6 +186,16 @@ def run(
     return Draws(z, {}, attrs, particles=particles, stages=path, log_z=log_z)
 
 
+def laid_out(
+    key: PRNGKey, target: Tilted, sampler: SMC, num_runs: int, mesh: Mesh | None
+) -> tuple[Layout, list[Array], Tilted]:
+    """How the particles lie on a mesh, the keys of the runs in parts, and the target where the particles are."""
+    layout = Layout(sharding.flat(mesh), sampler.chunk_size)
+    sharding.require_equal_shares(sampler.num_particles // 2, layout.mesh, "particles in each half of the cloud")
+    keys = parallel.split(jax.random.split(key, num_runs), most=num_runs)
+    return layout, *sharding.everywhere((keys, target), layout.mesh)
+
+
 def lagging(drift: float) -> tuple[str, ...]:
     """The doubt about particles that lag behind their targets, by the largest drift, where they do."""
     if not drift > UNSETTLED:
@@ -208,12 +214,10 @@ def _initial(key: PRNGKey, target: Tilted, sampler: SMC, layout: Layout) -> Clou
     zero, zeros = jnp.zeros((), z.dtype), jnp.zeros(num, z.dtype)
     step_size, drift = zero + target.dim**-0.25, jnp.zeros(target.dim, z.dtype)
     eve, log_weight = jnp.arange(num), zeros - jnp.log(num)
-    return _laid_out(
-        Cloud(z, zeros, zeros, eve, zero, step_size, zero, zeros, z, log_weight, zero, drift, zero), layout
-    )
+    return _lying(Cloud(z, zeros, zeros, eve, zero, step_size, zero, zeros, z, log_weight, zero, drift, zero), layout)
 
 
-def _laid_out(cloud: Cloud, layout: Layout) -> Cloud:
+def _lying(cloud: Cloud, layout: Layout) -> Cloud:
     """Vectors for each particle over the devices, and whatever is a number everywhere."""
     z, weighted = layout.spread((cloud.z, cloud.weighted))
     numbers = layout.everywhere(cloud._replace(z=None, weighted=None))
@@ -225,7 +229,7 @@ def _enter(cloud: Cloud, target: Tilted, phase: str, layout: Layout) -> Cloud:
     base, energy = layout.over(lambda z: _split(target, phase, z))(cloud.z)
     zero, zeros = jnp.zeros_like(cloud.log_z), jnp.zeros_like(cloud.influence)
     cloud = cloud._replace(base=base, energy=energy, beta=zero, log_z=zero, influence=zeros, variance=zero)
-    return _laid_out(cloud, layout)
+    return _lying(cloud, layout)
 
 
 def _split(target: Tilted, phase: str, z: Array) -> tuple[Array, Array]:
@@ -280,7 +284,7 @@ def _stage(
     done = cloud.beta >= 1.0
     kept = jax.tree.map(lambda new, old: jnp.where(done, old, new), after, cloud)
     info = jax.tree.map(lambda x: jnp.where(done, jnp.nan, x), info)
-    return _laid_out(kept, layout), layout.everywhere(info)
+    return _lying(kept, layout), layout.everywhere(info)
 
 
 def _one_stage(
