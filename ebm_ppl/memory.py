@@ -1,6 +1,6 @@
 """The memory of a run of SMC, known before it: by the compiler's own account of the arrays that its programs hold.
 
-    stage, for each run          arguments (the cloud) + results (the next cloud)
+    stage, for each run          the cloud, in whose place comes the next
     ... and for those together   temporary arrays, which `SMC(chunk_size=...)` makes smaller
 
 A program that cannot fit into its device is refused once it is compiled (`parallel.require_room`).
@@ -22,7 +22,7 @@ from ebm_ppl.target import Tilted
 def memory(target: Tilted, sampler: SMC, *, num_runs: int = 1, mesh: Mesh | None = None) -> int:
     """Bytes of arrays that a device holds at the worst moment of a run of SMC.
 
-        num_runs * (cloud + next cloud) + temporary arrays of the runs that go together
+        num_runs * cloud + temporary arrays of the runs that go together
 
     What is compiled for the estimate serves the run. Not counted are Python, JAX and its compiler (some .7 GB on the
     CPU), and what is made of the draws afterwards: `sample` has several copies of them on the host.
@@ -36,7 +36,8 @@ def memory(target: Tilted, sampler: SMC, *, num_runs: int = 1, mesh: Mesh | None
     for phase, tempered in target.phases():
         entered = parallel.prepare_over(smc._enter, _results(begun), tempered, phase, layout)
         member, stage = (keys[0], _results(entered)), jax.ShapeDtypeStruct((), int)
-        programs += [entered, parallel.prepare_over(smc._stage, member, tempered, sampler, layout, phase, stage)]
+        shared = tempered, sampler, layout, phase, stage
+        programs += [entered, parallel.prepare_over(smc._stage, member, *shared, in_place=True)]
     return max(_bytes(program, len(keys)) for program in programs)
 
 
@@ -48,5 +49,4 @@ def _results(program: Program) -> Any:
 
 def _bytes(program: Program, num_parts: int) -> int:
     held = program.compiled.result().memory_analysis()
-    each = held.argument_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes
-    return num_parts * each + parallel.at_once(program, num_parts) * held.temp_size_in_bytes
+    return num_parts * parallel.held_bytes(held) + parallel.at_once(program, num_parts) * held.temp_size_in_bytes

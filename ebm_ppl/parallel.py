@@ -57,7 +57,12 @@ class Program(NamedTuple):
 
 
 def over(
-    function: Callable, parts: list[Any], *shared: Any, hurry: bool = False, mesh: Mesh | None = None
+    function: Callable,
+    parts: list[Any],
+    *shared: Any,
+    hurry: bool = False,
+    mesh: Mesh | None = None,
+    in_place: bool = False,
 ) -> list[Any]:
     """`function(member, *shared)` for each member of each part, with the leading axis of its part.
 
@@ -66,8 +71,10 @@ def over(
         shared: arrays and hashable settings, the same for all.
         hurry: whether to compile fast rather than well, for what each member runs but once.
         mesh: devices that share the members of each part; the results are gathered.
+        in_place: whether results take the memory of the parts, of whose every array there must be a successor among
+            them; the parts are then gone.
     """
-    program = prepare_over(function, parts[0], *shared, hurry=hurry, mesh=mesh)
+    program = prepare_over(function, parts[0], *shared, hurry=hurry, mesh=mesh, in_place=in_place)
     compiled, shared = program.compiled.result(), eqx.filter(shared, _is_array)
     if mesh is not None:
         parts, shared = sharding.spread(parts, mesh), sharding.everywhere(shared, mesh)
@@ -78,13 +85,20 @@ def over(
     return list(in_turn_or_together(lambda part: jax.block_until_ready(compiled(part, *shared)), parts))
 
 
-def prepare_over(function: Callable, part: Any, *shared: Any, hurry: bool = False, mesh: Mesh | None = None) -> Program:
+def prepare_over(
+    function: Callable,
+    part: Any,
+    *shared: Any,
+    hurry: bool = False,
+    mesh: Mesh | None = None,
+    in_place: bool = False,
+) -> Program:
     """Prepares what `over` will run."""
     if mesh is None:
-        return prepare(_of_part(function), part, *shared, hurry=hurry)
+        return prepare(_of_part(function), part, *shared, hurry=hurry, in_place=in_place)
     part, shared = sharding.shapes((part, shared))
     part, shared = sharding.spread(part, mesh), sharding.everywhere(shared, mesh)
-    return prepare(_of_shares(function, mesh), part, *shared, hurry=hurry)
+    return prepare(_of_shares(function, mesh), part, *shared, hurry=hurry, in_place=in_place)
 
 
 def once(function: Callable, *args: Any) -> Any:
@@ -103,12 +117,12 @@ def at_once(program: Program, num_parts: int) -> int:
     return min(num_parts, _num_cores()) if program.in_threads else 1
 
 
-def prepare(function: Callable, *args: Any, hurry: bool = False) -> Program:
+def prepare(function: Callable, *args: Any, hurry: bool = False, in_place: bool = False) -> Program:
     """Traces a function, and compiles it in the background; shapes may stand for arrays."""
     arrays, settings = eqx.partition(args, _is_array)
     leaves, structure = jax.tree.flatten(settings)
     avals, aval_structure = jax.tree.flatten(sharding.shapes(arrays))
-    return _program(function, hurry, tuple(leaves), structure, tuple(avals), aval_structure, *_context())
+    return _program(function, hurry, in_place, tuple(leaves), structure, tuple(avals), aval_structure, *_context())
 
 
 @functools.cache
@@ -151,12 +165,18 @@ def _context() -> tuple:
 
 @functools.lru_cache(maxsize=64)
 def _program(
-    function: Callable, hurry: bool, settings: tuple, structure: Any, avals: tuple, aval_structure: Any, *context: Any
+    function: Callable,
+    hurry: bool,
+    in_place: bool,
+    settings: tuple,
+    structure: Any,
+    avals: tuple,
+    aval_structure: Any,
+    *context: Any,
 ) -> Program:
     settings = jax.tree.unflatten(structure, settings)
-    traced = jax.jit(lambda *arrays: function(*eqx.combine(arrays, settings))).trace(
-        *jax.tree.unflatten(aval_structure, avals)
-    )
+    of_arrays = jax.jit(lambda *arrays: function(*eqx.combine(arrays, settings)), donate_argnums=(0,) * in_place)
+    traced = of_arrays.trace(*jax.tree.unflatten(aval_structure, avals))
     jaxpr = traced.jaxpr.jaxpr
     options: dict[str, Any] = {"xla_backend_optimization_level": 0} if hurry else {}
     if jax.default_backend() == "cpu":
@@ -173,8 +193,13 @@ def _compiled(lowered: Any, options: dict[str, Any]) -> Any:
     compiled = lowered.compile(options)
     held = compiled.memory_analysis()
     if held is not None:  # which not every backend tells
-        require_room(held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes)
+        require_room(held_bytes(held) + held.temp_size_in_bytes)
     return compiled
+
+
+def held_bytes(held: Any) -> int:
+    """Of arguments and results, some of which may share their memory."""
+    return held.argument_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes
 
 
 def require_room(num_bytes: int) -> None:

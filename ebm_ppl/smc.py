@@ -259,10 +259,10 @@ def _run_phase(
         while under_way := [i for i, cloud in enumerate(clouds) if np.any(np.asarray(cloud.beta) < 1.0)]:
             stage = np.array(first + len(infos) + 1)
             members = [(keys[i], clouds[i]) for i in under_way]
-            results = parallel.over(_stage, members, target, sampler, layout, phase, stage)
+            results = parallel.over(_stage, members, target, sampler, layout, phase, stage, in_place=True)
             parts: list[Any] = [[np.full(len(cloud.beta), np.nan)] * len(StageInfo._fields) for cloud in clouds]
-            for i, (cloud, info) in zip(under_way, results, strict=True):
-                clouds[i], parts[i] = cloud, jax.device_get(info)
+            for i, ((keys[i], clouds[i]), info) in zip(under_way, results, strict=True):
+                parts[i] = jax.device_get(info)
             info: Any = StageInfo(*map(np.concatenate, zip(*parts, strict=True)))  # pyright: ignore
             check(info, phase, len(infos) + 1, sampler.num_particles, sampler.max_stages)
             infos.append((phase, info))
@@ -277,14 +277,14 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 def _stage(
     member: tuple[PRNGKey, Cloud], target: Tilted, sampler: SMC, layout: Layout, phase: str, stage: Array
-) -> tuple[Cloud, StageInfo]:
+) -> tuple[tuple[PRNGKey, Cloud], StageInfo]:
     """One stage of a run, or none if it is done: some of its part may be."""
     key, cloud = member
     after, info = _one_stage(jax.random.fold_in(key, stage), target, sampler, layout, phase, cloud)
     done = cloud.beta >= 1.0
     kept = jax.tree.map(lambda new, old: jnp.where(done, old, new), after, cloud)
     info = jax.tree.map(lambda x: jnp.where(done, jnp.nan, x), info)
-    return _lying(kept, layout), layout.everywhere(info)
+    return (key, _lying(kept, layout)), layout.everywhere(info)
 
 
 def _one_stage(
