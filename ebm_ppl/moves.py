@@ -62,7 +62,7 @@ def move(
     """
     kernel = sampler.kernel()
     dim = z.shape[-1]
-    over_particles = layout.halved().over
+    layout = layout.halved()
 
     def again(moved: Moved) -> Array:
         falling = moved.correlation < STILL_FALLING * moved.previous
@@ -79,14 +79,14 @@ def move(
         num_steps = kernel.length(key_length, Tuning(moved.step_size, scales), dim)
         shorter = jnp.exp(-jax.random.uniform(key_jitter, z.shape[:2], z.dtype))
 
-        def of_half(keys: PRNGKey, states: Any, factors: Array, scale: DenseScale) -> tuple[Any, dict[str, Array]]:
-            def step(key: PRNGKey, state: Any, factor: Array) -> tuple[Any, dict[str, Array]]:
+        def of_half(states: Any, keys: PRNGKey, factors: Array, scale: DenseScale) -> tuple[Any, dict[str, Array]]:
+            def step(state: Any, key: PRNGKey, factor: Array) -> tuple[Any, dict[str, Array]]:
                 return kernel.step(key, state, log_density, Tuning(moved.step_size * factor, scale), num_steps)
 
-            return over_particles(step)(keys, states, factors)
+            return layout.renewing(step)(states, keys, factors)
 
         keys = jax.random.split(key_step, z.shape[:2])
-        states, stats = jax.vmap(of_half)(keys, moved.states, shorter, scales)
+        states, stats = jax.vmap(of_half)(moved.states, keys, shorter, scales)
         accepted = jnp.mean(stats["acceptance_rate"])
         return moved._replace(
             states=states,
@@ -97,7 +97,7 @@ def move(
             num_nan=moved.num_nan + jnp.sum(stats["nan_energy"]),
         )
 
-    states = jax.vmap(over_particles(lambda z: kernel.init(z, log_density)))(z)
+    states = jax.vmap(layout.over(lambda z: kernel.init(z, log_density)))(z)
     any_alive = jnp.any(jnp.isfinite(states.logdensity))
     count, one = jnp.zeros((), int), jnp.ones((), z.dtype)
     start = Moved(states, step_size, count, jnp.zeros_like(one), count, count, one, 2 * one)

@@ -15,10 +15,11 @@ Particles: a run of SMC is one program, which XLA divides among the devices by w
     moves       `Layout.over`                   a device moves its own (`shard_map`), whatever loops are in the model
 
 Random numbers belong to particles and chains, by keys, and not to devices, so that a mesh changes results by rounding
-only. Several hosts each run the same Python after `jax.distributed.initialize()`, with a mesh of the devices of all,
-and each has the whole result.
+only. Several hosts each run the same Python, `jax.distributed.initialize()` before the import of this package, with a
+mesh of the devices of all, and each has the whole result.
 
-The devices into which `--xla_force_host_platform_device_count` divides one CPU are for trying things out.
+Each device holds its share of the vectors, but of a stage's ancestors all: memory per device does not fall below
+one (N, dim). The devices into which `--xla_force_host_platform_device_count` divides one CPU are for trying things out.
 """
 
 from __future__ import annotations
@@ -52,12 +53,27 @@ class Layout:
         """A function of one particle over all of them, along the leading axis of each of its arguments."""
 
         def over_particles(*particles: Any) -> Any:
-            num = len(jax.tree.leaves(particles)[0])
-            if self.chunk_size is None or self.chunk_size >= num:
+            if self._chunk(particles) is None:
                 return jax.vmap(function)(*particles)
             return jax.lax.map(lambda one: function(*one), particles, batch_size=self.chunk_size)
 
         return over_particles if self.mesh is None else _share(over_particles, self.mesh)
+
+    def renewing(self, function: Callable) -> Callable:
+        """The same, of a function whose first result takes the place of its first argument."""
+
+        def over_particles(states: Any, *others: Any) -> Any:
+            size = self._chunk(states)
+            if size is None:
+                return jax.vmap(function)(states, *others)
+            return _renewed(jax.vmap(function), size, states, *others)
+
+        return over_particles if self.mesh is None else _share(over_particles, self.mesh)
+
+    def _chunk(self, particles: Any) -> int | None:
+        """Size of a chunk of the particles of a device; None where one would hold them all."""
+        num = len(jax.tree.leaves(particles)[0])
+        return None if self.chunk_size is None or self.chunk_size >= num else self.chunk_size
 
     def halved(self) -> Layout:
         """For a function that is over two halves of the particles at the same time."""
@@ -74,6 +90,28 @@ class Layout:
         if self.mesh is None:
             return tree
         return jax.lax.with_sharding_constraint(tree, _everywhere(self.mesh))
+
+
+def _renewed(function: Callable, size: int, states: Any, *others: Any) -> Any:
+    """In place, as `lax.map` is not: it would hold every state twice."""
+    num = len(jax.tree.leaves(states)[0])
+
+    def chunk(tree: Any, start: jax.Array) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), tree)
+
+    def one_chunk(i: jax.Array, all_of_them: Any) -> Any:
+        start = jnp.minimum(i * size, num - size)
+        done = start + jnp.arange(size) < i * size  # the last chunk may begin in the one before
+        before = chunk(all_of_them, start)
+        after = function(before[0], *chunk(others, start))
+        after = jax.vmap(lambda done, old, new: jax.tree.map(lambda a, b: jnp.where(done, a, b), old, new))(
+            done, before, after
+        )
+        return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0), all_of_them, after)
+
+    _, shapes = jax.eval_shape(function, states, *others)
+    results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.fori_loop(0, -(-num // size), one_chunk, (states, results))
 
 
 def flat(mesh: Mesh | None) -> Mesh | None:

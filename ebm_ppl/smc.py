@@ -12,7 +12,8 @@ is learned from the cloud, **crosswise**: each half of the particles moves by th
 of the very particles that it moves would favour the directions in which they happen to spread, and biases log Z (by
 -.012 a stage for 1000 particles of a Gaussian in 32 dimensions).
 
-Everything is written for one run; `parallel.py` takes it over independent runs.
+Everything is written for one run; `parallel.py` takes it over independent runs, `sharding.Layout` a function of one
+particle over all, in chunks and on a mesh where wanted.
 
 The standard error comes from the genealogy, as Lee and Whiteley's (2018). What descends from the k-th initial particle
 is a family. At each stage its weight differs from its number, and these differences add up to its influence on log Z,
