@@ -1,7 +1,7 @@
 """The memory of a run of SMC, known before it: by the compiler's own account of the arrays that its programs hold.
 
-    stage, for each run          the cloud, in whose place comes the next
-    ... and for those together   temporary arrays, which `SMC(chunk_size=...)` makes smaller
+    each run                     its cloud, in whose place a stage puts the next
+    the runs that go together    temporary arrays, which `SMC(chunk_size=...)` makes smaller
 
 A program that cannot fit into its device is refused once it is compiled (`parallel.require_room`).
 """
