@@ -15,6 +15,7 @@ from ebm_ppl.logz.laplace import Laplace
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
 from ebm_ppl.logz.tempering import ParallelTempering
+from ebm_ppl.memory import memory
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_compare, plot_energies, plot_sequential_evidence, plot_smc
 from ebm_ppl.sequential import sequential_evidence
@@ -30,6 +31,7 @@ from ebm_ppl.typing import (
     LogZ,
     NonFiniteEnergyError,
     NoReferenceError,
+    OutOfMemoryError,
     TemperingStalledError,
 )
 
@@ -60,6 +62,7 @@ __all__ = [
     "NestedSampling",
     "NoReferenceError",
     "NonFiniteEnergyError",
+    "OutOfMemoryError",
     "ParallelTempering",
     "QuadraticEnergy",
     "ScaledEnergy",
@@ -72,6 +75,7 @@ __all__ = [
     "compare",
     "energy_factor",
     "log_z",
+    "memory",
     "plot_compare",
     "plot_energies",
     "plot_sequential_evidence",

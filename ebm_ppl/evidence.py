@@ -24,6 +24,7 @@ from ebm_ppl.arviz import data_id
 from ebm_ppl.logz.consultation import Consultation
 from ebm_ppl.logz.integral import Estimator, Integral, error_of_mean, warn_of
 from ebm_ppl.probe import check_tails
+from ebm_ppl.sharding import Mesh
 from ebm_ppl.smc import SMC, lagging
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Draws, EnergyError, EnergyWarning, LogZ, PRNGKey, as_key, log_mean
@@ -45,6 +46,7 @@ def log_z(
     budget: float | None = None,
     num_runs: int = 1,
     progress_bar: bool = False,
+    mesh: Mesh | None = None,
 ) -> LogZ:
     """The log evidence of a model (log Z of its prior where it has no data), in nats, with a standard error.
 
@@ -59,6 +61,7 @@ def log_z(
         budget: bound on the evaluations of its second opinion.
         num_runs: independent runs. With one, the error is the run's own; with more, the larger of their spread and
             their own errors.
+        mesh: of `jax.make_mesh`, for `SMC`: its devices share the particles; see `sharding.py`.
 
     Returns:
         `LogZ`; differences of two are log Bayes factors. Its `story` tells how it was reached, its `doubts` (which are
@@ -78,7 +81,9 @@ def log_z(
     target.require_known_constant()
     check_tails(target, needs_normalisation=True)
     if isinstance(method, SMC):
-        return _of_path(weigh(key, target, method, num_runs, progress_bar), data_id(target))
+        return _of_path(weigh(key, target, method, num_runs, progress_bar, mesh=mesh), data_id(target))
+    if mesh is not None:
+        raise EnergyError(f"Only SMC shares its particles among the devices of a mesh; {method.name} does not.")
     found = _of_integrals(key, target, method, num_runs)
     warn_of(found.diagnostics["num_nan_energy"], found.doubts, stacklevel=3)
     return found

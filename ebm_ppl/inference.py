@@ -23,6 +23,7 @@ from ebm_ppl.logz import tempering
 from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.mcmc import ChainState
 from ebm_ppl.probe import check_tails
+from ebm_ppl.sharding import Mesh
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, energies_model, predictive_model
 from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey, as_key
@@ -49,6 +50,7 @@ def sample(
     coords: Coords | None = None,
     dims: Dims | None = None,
     log_likelihood: bool = True,
+    mesh: Mesh | None = None,
 ) -> Any:
     """Draws from a target, as an ArviZ-schema DataTree.
 
@@ -69,6 +71,7 @@ def sample(
         progress_bar: show progress, in a terminal or a notebook.
         coords, dims: as in ArviZ; the names of plates are used where they are silent.
         log_likelihood: whether to keep the pointwise log likelihood, which `arviz.loo` needs.
+        mesh: of `jax.make_mesh`: its devices share the chains, or the particles of `SMC`; see `sharding.py`.
 
     Returns:
         A DataTree with groups `posterior`, `sample_stats`, `log_likelihood`, `observed_data`, for `SMC` also
@@ -91,9 +94,12 @@ def sample(
                 "num_samples, num_warmup, thin and state alone."
             )
         check_tails(target, needs_normalisation=True)
-        draws = weigh(key, target, sampler, NUM_CHAINS if num_chains is None else num_chains, progress_bar)
+        num_runs = NUM_CHAINS if num_chains is None else num_chains
+        draws = weigh(key, target, sampler, num_runs, progress_bar, mesh=mesh)
         return to_datatree(target, draws, coords=coords, dims=dims, log_likelihood=log_likelihood)
     if isinstance(sampler, ParallelTempering):
+        if mesh is not None:
+            raise EnergyError("ParallelTempering does not share its replicas among the devices of a mesh.")
         if num_warmup is not None or state is not None or thin != 1:
             raise EnergyError(
                 "ParallelTempering tunes itself in rounds that double up to num_samples, and starts from the "
@@ -117,6 +123,7 @@ def sample(
         init=init,
         state=state,
         progress_bar=progress_bar,
+        mesh=mesh,
         meanwhile=lambda z: prepare(target, z, log_likelihood),
     )
     data = to_datatree(target, draws, coords=coords, dims=dims, log_likelihood=log_likelihood)

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ebm_ppl import kernels, parallel
+from ebm_ppl import kernels, parallel, sharding
 from ebm_ppl.centring import Centring, learn_centring
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning, hmc_state
+from ebm_ppl.sharding import Mesh
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, NonFiniteEnergyError, PRNGKey
 from ebm_ppl.warmup import Warmup, WarmupState, pooled, window_warmup, windows
@@ -61,6 +62,8 @@ class ChainState(NamedTuple):
     """Number of steps made so far."""
     key: PRNGKey
     """Of the run: what its chains share at step number i uses `fold_in(fold_in(key, SHARED), i)`."""
+    mesh: Mesh | None = None
+    """Whose devices share the chains, which are then one part."""
 
 
 def run(
@@ -75,6 +78,7 @@ def run(
     init: str | dict[str, Any] = "uniform",
     state: ChainState | None = None,
     progress_bar: bool = True,
+    mesh: Mesh | None = None,
     meanwhile: Callable[[np.ndarray], None] = lambda z: None,
 ) -> tuple[Draws, ChainState]:
     """Draws from a target by a Markov chain sampler; see `ebm.sample`.
@@ -84,12 +88,12 @@ def run(
     target.require_tractable()
     if target.dim == 0:
         raise ValueError("The model has no continuous latent site to sample.")
-    learned = None
+    learned, mesh = None, sharding.flat(mesh)
     if state is None:
-        state, learned = _start(key, target, sampler, num_chains, num_warmup, init)
+        state, learned = _start(key, target, sampler, num_chains, num_warmup, init, mesh)
         meanwhile(np.empty((num_chains, num_samples, target.dim), state.parts[0].kernel.position.dtype))
     else:
-        num_warmup = 0
+        state, num_warmup = _moved(state, mesh), 0
     warmup_steps = 0 if _is_unadjusted(sampler) else num_warmup
     records, evaluations = [], 0
     with _progress(sampler.name, warmup_steps + num_samples * thin, progress_bar) as bar:
@@ -222,7 +226,7 @@ def _steps(
         count, start = min(piece, length - done, capacity), time.perf_counter()
         shared = target, sampler, state.tuning, state.key
         limits = np.array([state.step, count])
-        results = parallel.over(_advance, state.parts, *shared, limits, np.array(warming_up))
+        results = parallel.over(_advance, state.parts, *shared, limits, np.array(warming_up), mesh=state.mesh)
         state = state._replace(parts=[chains for chains, _ in results], step=state.step + count)
         records = jax.device_get([record for _, record in results])
         record = {name: np.concatenate([part[name] for part in records]) for name in records[0]}
@@ -281,7 +285,9 @@ def _start(
     num_chains: int,
     num_warmup: int,
     init: str | dict[str, Any],
+    mesh: Mesh | None,
 ) -> tuple[ChainState, WarmupState]:
+    sharding.require_equal_shares(num_chains, mesh, "chains")
     start = init
     if isinstance(init, dict):
         start = _given_point(target, init)
@@ -289,25 +295,39 @@ def _start(
         target.require_reference()
     elif init != "uniform":
         raise EnergyError(f"init is 'uniform', 'reference' or a dictionary of values by site; got {init!r}.")
-    members = parallel.split((np.arange(num_chains), np.zeros(num_chains, int)))
+    members = parallel.split((np.arange(num_chains), np.zeros(num_chains, int)), most=_most_parts(mesh))
     learned, tuning = parallel.once(_unlearned, sampler, target.dim)
     beginning = key, target, start, learned.step_size
-    chains, _ = parallel.prepare_over(_chain_at, members[0], *beginning, hurry=True).shapes
+    chains, _ = parallel.prepare_over(_chain_at, members[0], *beginning, hurry=True, mesh=mesh).shapes
     tune = target, max(num_warmup, 60)
     if _is_unadjusted(sampler):
-        chains = parallel.prepare_over(_tuned, chains, *tune).shapes
-    _prepare_steps(target, sampler, ChainState([chains] * len(members), tuning, 0, key), learned, num_warmup)
-    parts = _finite_chains(members, *beginning)
+        chains = parallel.prepare_over(_tuned, chains, *tune, mesh=mesh).shapes
+    coming = ChainState([chains] * len(members), tuning, 0, key, mesh)
+    _prepare_steps(target, sampler, coming, learned, num_warmup)
+    parts = _finite_chains(members, mesh, *beginning)
     if _is_unadjusted(sampler):
-        parts = parallel.over(_tuned, parts, *tune)
-    return ChainState(parts, tuning, 0, key), learned
+        parts = parallel.over(_tuned, parts, *tune, mesh=mesh)
+    return coming._replace(parts=parts), learned
+
+
+def _most_parts(mesh: Mesh | None) -> int:
+    return parallel.MOST_CALLS if mesh is None else 1
+
+
+def _moved(state: ChainState, mesh: Mesh | None) -> ChainState:
+    """The same chains on other devices."""
+    if mesh == state.mesh:
+        return state
+    chains = jax.tree.map(lambda *parts: jnp.concatenate(parts), *state.parts)
+    sharding.require_equal_shares(len(chains.key), mesh, "chains")
+    return state._replace(parts=parallel.split(chains, most=_most_parts(mesh)), mesh=mesh)
 
 
 def _prepare_steps(target: Target, sampler: Sampler, state: ChainState, learned: WarmupState, num_warmup: int) -> None:
     """Starts to compile what the chains run, in the order of its first use, from the shapes of their states."""
     chains = state.parts[0]
     limits, count, false = np.array([0, 0]), np.array(0), np.array(False)
-    parallel.prepare_over(_advance, chains, target, sampler, state.tuning, state.key, limits, false)
+    parallel.prepare_over(_advance, chains, target, sampler, state.tuning, state.key, limits, false, mesh=state.mesh)
     if _is_unadjusted(sampler):
         return
     kinds = [is_window for _, is_window in windows(num_warmup)]
@@ -328,10 +348,12 @@ def _unlearned(sampler: Sampler, dim: int) -> tuple[WarmupState, Tuning]:
     return learned, warmup.tuning(learned)._replace(centring=centring)
 
 
-def _finite_chains(members: list[Any], key: PRNGKey, target: Target, start: Any, adaptation: Any) -> list[Chain]:
+def _finite_chains(
+    members: list[Any], mesh: Mesh | None, key: PRNGKey, target: Target, start: Any, adaptation: Any
+) -> list[Chain]:
     """All chains in parts, where log density and gradient are finite, after a bounded number of tries."""
     for _ in range(START_TRIES):
-        results = parallel.over(_chain_at, members, key, target, start, adaptation, hurry=True)
+        results = parallel.over(_chain_at, members, key, target, start, adaptation, hurry=True, mesh=mesh)
         finite = [np.asarray(ok) for _, ok in results]
         if all(map(np.all, finite)):
             return [chains for chains, _ in results]

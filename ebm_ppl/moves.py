@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Tuning
 from ebm_ppl.scale import DenseScale
+from ebm_ppl.sharding import Layout
 from ebm_ppl.typing import Array, PRNGKey
 
 FAIR_ACCEPTANCE = 0.3
@@ -49,6 +50,7 @@ def move(
     num_moves: int,
     step_size: Array,
     scales: DenseScale,
+    layout: Layout,
     chain_length: int = 1,
 ) -> tuple[Moved, Array]:
     """Moves all particles, of shape (2, N/2, dim), by the scale of their half, and collects where they have been.
@@ -64,6 +66,7 @@ def move(
     """
     kernel = sampler.kernel()
     dim = z.shape[-1]
+    layout = layout.halved()
 
     def again(moved: Moved) -> Array:
         falling = moved.correlation < STILL_FALLING * moved.previous
@@ -80,12 +83,14 @@ def move(
         num_steps = kernel.length(key_length, Tuning(moved.step_size, scales), dim)
         shorter = jnp.exp(-jax.random.uniform(key_jitter, z.shape[:2], z.dtype))
 
-        def step(key: PRNGKey, state: Any, factor: Array, scale: DenseScale) -> tuple[Any, dict[str, Array]]:
-            return kernel.step(key, state, log_density, Tuning(moved.step_size * factor, scale), num_steps)
+        def of_half(states: Any, keys: PRNGKey, factors: Array, scale: DenseScale) -> tuple[Any, dict[str, Array]]:
+            def step(state: Any, key: PRNGKey, factor: Array) -> tuple[Any, dict[str, Array]]:
+                return kernel.step(key, state, log_density, Tuning(moved.step_size * factor, scale), num_steps)
 
-        over_particles = jax.vmap(step, (0, 0, 0, None))
+            return layout.renewing(step)(states, keys, factors)
+
         keys = jax.random.split(key_step, z.shape[:2])
-        states, stats = jax.vmap(over_particles)(keys, moved.states, shorter, scales)
+        states, stats = jax.vmap(of_half)(moved.states, keys, shorter, scales)
         accepted = jnp.mean(stats["acceptance_rate"])
         return moved._replace(
             states=states,
@@ -96,7 +101,7 @@ def move(
             num_nan=moved.num_nan + jnp.sum(stats["nan_energy"]),
         )
 
-    states = jax.vmap(jax.vmap(lambda z: kernel.init(z, log_density)))(z)
+    states = jax.vmap(layout.over(lambda z: kernel.init(z, log_density)))(z)
     any_alive = jnp.any(jnp.isfinite(states.logdensity))
     count, one = jnp.zeros((), int), jnp.ones((), z.dtype)
     start = Moved(states, step_size, count, jnp.zeros_like(one), count, count, one, 2 * one)

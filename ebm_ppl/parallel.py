@@ -5,6 +5,8 @@
     result = once(f, *args)                         f(*args), of what comes between
     program = prepare_over(...), prepare_once(...)  the same, compiled in the background until it is called
 
+On a mesh of devices (`sharding.py`) each runs its share of the members as a batch.
+
 An accelerator wants one large batch. A processor does not: a batch makes each step together, so it waits for its
 longest trajectory, and small operations leave all cores but one idle.
 
@@ -26,6 +28,9 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from ebm_ppl import sharding
+from ebm_ppl.sharding import Mesh
+from ebm_ppl.typing import OutOfMemoryError
 from ebm_ppl.xla import compiler_options, may_run_beside_itself
 
 MOST_CALLS = 16
@@ -51,25 +56,49 @@ class Program(NamedTuple):
     """Whether several threads may run it at the same time."""
 
 
-def over(function: Callable, parts: list[Any], *shared: Any, hurry: bool = False) -> list[Any]:
+def over(
+    function: Callable,
+    parts: list[Any],
+    *shared: Any,
+    hurry: bool = False,
+    mesh: Mesh | None = None,
+    in_place: bool = False,
+) -> list[Any]:
     """`function(member, *shared)` for each member of each part, with the leading axis of its part.
 
     Args:
         function: pure, defined at the top of a module, from arrays to arrays.
         shared: arrays and hashable settings, the same for all.
         hurry: whether to compile fast rather than well, for what each member runs but once.
+        mesh: devices that share the members of each part; the results are gathered.
+        in_place: whether results take the memory of the parts, of whose every array there must be a successor among
+            them; the parts are then gone.
     """
-    program = prepare_over(function, parts[0], *shared, hurry=hurry)
+    program = prepare_over(function, parts[0], *shared, hurry=hurry, mesh=mesh, in_place=in_place)
     compiled, shared = program.compiled.result(), eqx.filter(shared, _is_array)
+    if mesh is not None:
+        parts, shared = sharding.spread(parts, mesh), sharding.everywhere(shared, mesh)
+        return [sharding.gathered(compiled(part, *shared)) for part in parts]
     if len(parts) == 1:
         return [compiled(parts[0], *shared)]
     in_turn_or_together = _runners().map if program.in_threads else map
     return list(in_turn_or_together(lambda part: jax.block_until_ready(compiled(part, *shared)), parts))
 
 
-def prepare_over(function: Callable, part: Any, *shared: Any, hurry: bool = False) -> Program:
+def prepare_over(
+    function: Callable,
+    part: Any,
+    *shared: Any,
+    hurry: bool = False,
+    mesh: Mesh | None = None,
+    in_place: bool = False,
+) -> Program:
     """Prepares what `over` will run."""
-    return prepare(_of_part(function), part, *shared, hurry=hurry)
+    if mesh is None:
+        return prepare(_of_part(function), part, *shared, hurry=hurry, in_place=in_place)
+    part, shared = sharding.shapes((part, shared))
+    part, shared = sharding.spread(part, mesh), sharding.everywhere(shared, mesh)
+    return prepare(_of_shares(function, mesh), part, *shared, hurry=hurry, in_place=in_place)
 
 
 def once(function: Callable, *args: Any) -> Any:
@@ -83,13 +112,17 @@ def prepare_once(function: Callable, *args: Any) -> Program:
     return prepare(function, *args, hurry=True)
 
 
-def prepare(function: Callable, *args: Any, hurry: bool = False) -> Program:
+def at_once(program: Program, num_parts: int) -> int:
+    """How many parts `over` runs at the same time."""
+    return min(num_parts, _num_cores()) if program.in_threads else 1
+
+
+def prepare(function: Callable, *args: Any, hurry: bool = False, in_place: bool = False) -> Program:
     """Traces a function, and compiles it in the background; shapes may stand for arrays."""
     arrays, settings = eqx.partition(args, _is_array)
     leaves, structure = jax.tree.flatten(settings)
-    avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
-    avals, aval_structure = jax.tree.flatten(avals)
-    return _program(function, hurry, tuple(leaves), structure, tuple(avals), aval_structure, *_context())
+    avals, aval_structure = jax.tree.flatten(sharding.shapes(arrays))
+    return _program(function, hurry, in_place, tuple(leaves), structure, tuple(avals), aval_structure, *_context())
 
 
 @functools.cache
@@ -106,10 +139,19 @@ def _of_part(function: Callable) -> Callable:
 
 
 @functools.cache
+def _of_shares(function: Callable, mesh: Mesh) -> Callable:
+    """The function over the members of a part, each device with its share of them."""
+    return sharding.over_shares(_of_part(function), mesh)
+
+
+@functools.cache
 def _runners() -> ThreadPoolExecutor:
-    """A thread for each core that this process may use, which a container or a batch system may have limited."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ThreadPoolExecutor(cores)
+    return ThreadPoolExecutor(_num_cores())
+
+
+def _num_cores() -> int:
+    """Those that this process may use, which a container or a batch system may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_array(x: Any) -> bool:
@@ -123,14 +165,59 @@ def _context() -> tuple:
 
 @functools.lru_cache(maxsize=64)
 def _program(
-    function: Callable, hurry: bool, settings: tuple, structure: Any, avals: tuple, aval_structure: Any, *context: Any
+    function: Callable,
+    hurry: bool,
+    in_place: bool,
+    settings: tuple,
+    structure: Any,
+    avals: tuple,
+    aval_structure: Any,
+    *context: Any,
 ) -> Program:
     settings = jax.tree.unflatten(structure, settings)
-    traced = jax.jit(lambda *arrays: function(*eqx.combine(arrays, settings))).trace(
-        *jax.tree.unflatten(aval_structure, avals)
-    )
+    of_arrays = jax.jit(lambda *arrays: function(*eqx.combine(arrays, settings)), donate_argnums=(0,) * in_place)
+    traced = of_arrays.trace(*jax.tree.unflatten(aval_structure, avals))
     jaxpr = traced.jaxpr.jaxpr
     options: dict[str, Any] = {"xla_backend_optimization_level": 0} if hurry else {}
     if jax.default_backend() == "cpu":
         options |= compiler_options(jaxpr)
-    return Program(traced.out_info, _COMPILER.submit(traced.lower().compile, options), may_run_beside_itself(jaxpr))
+    beside_itself = may_run_beside_itself(jaxpr)
+    on_mesh = sharding.is_on_mesh(avals)
+    if on_mesh and not beside_itself:
+        sharding.require_devices_that_do_not_wait(avals)
+    compiled = _COMPILER.submit(_compiled, traced.lower(), options)
+    return Program(traced.out_info, compiled, beside_itself and not on_mesh)
+
+
+def _compiled(lowered: Any, options: dict[str, Any]) -> Any:
+    compiled = lowered.compile(options)
+    held = compiled.memory_analysis()
+    if held is not None:  # which not every backend tells
+        require_room(held_bytes(held) + held.temp_size_in_bytes)
+    return compiled
+
+
+def held_bytes(held: Any) -> int:
+    """Of arguments and results, some of which may share their memory."""
+    return held.argument_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes
+
+
+def require_room(num_bytes: int) -> None:
+    """Raises where a device cannot hold so much, as far as its memory is known."""
+    room = _room()
+    if room is not None and num_bytes > room:
+        raise OutOfMemoryError(
+            f"This takes {num_bytes / 1e9:.1f} GB on a device that has {room / 1e9:.1f} GB. Evaluate fewer particles "
+            "at a time (SMC(chunk_size=...)), share them or the chains among more devices (mesh=...), or use fewer."
+        )
+
+
+def _room() -> int | None:
+    """Bytes of memory of a device, by its own account or, on the CPU, the machine's."""
+    known = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in known or jax.default_backend() != "cpu":
+        return known.get("bytes_limit")
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # an operating system that does not tell
+        return None

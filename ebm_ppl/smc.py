@@ -11,7 +11,8 @@ is learned from the cloud, **crosswise**: each half of the particles moves by th
 of the very particles that it moves would favour the directions in which they happen to spread, and biases log Z (by
 -.012 a stage for 1000 particles of a Gaussian in 32 dimensions).
 
-Everything is written for one run; `parallel.py` takes it over independent runs.
+Everything is written for one run; `parallel.py` takes it over independent runs, `sharding.Layout` a function of one
+particle over all, in chunks and on a mesh where wanted.
 
 The standard error comes from the families of particles that descend from the same initial one (`weighing.py`).
 
@@ -46,10 +47,11 @@ import numpy as np
 from blackjax.smc.ess import log_ess
 from blackjax.smc.resampling import systematic
 
-from ebm_ppl import parallel
+from ebm_ppl import parallel, sharding
 from ebm_ppl.kernels import HMC, MALA, MCLMC
 from ebm_ppl.moves import move
 from ebm_ppl.scale import DenseScale
+from ebm_ppl.sharding import Layout, Mesh
 from ebm_ppl.stages import StageInfo, as_path, check, check_start, final_values, phase_estimates
 from ebm_ppl.target import Phase, Tilted
 from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey
@@ -75,6 +77,8 @@ class SMC:
         persistence: stages of a phase whose particles are weighed together; more than 1 is persistent sampling. The
             effective particles, of which a stage keeps the share `target_ess`, are those of all of them, so that steps
             are shorter.
+        chunk_size: particles that are evaluated at a time, where all of them at once would not fit into memory; it
+            changes results by rounding only.
 
     References:
         Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers; Buchholz, Chopin and Jacob (2021),
@@ -90,6 +94,7 @@ class SMC:
     max_stages: int = 500
     chain_length: int = 1
     persistence: int = 1
+    chunk_size: int | None = None
     name = "SMC"
 
     def __post_init__(self):
@@ -105,6 +110,8 @@ class SMC:
             )
         if self.persistence < 1:
             raise EnergyError(f"persistence is a number of stages, at least 1; got {self.persistence}.")
+        if self.chunk_size is not None and self.chunk_size < 2:
+            raise EnergyError(f"chunk_size is a number of particles, at least 2; got {self.chunk_size}.")
         if isinstance(self.kernel, MCLMC) and not self.kernel.adjusted:
             raise EnergyError(
                 "Unadjusted MCLMC does not leave its target invariant, so it may not sit inside SMC: use adjusted=True."
@@ -145,6 +152,7 @@ def run(
     *,
     num_runs: int = 1,
     progress_bar: bool = True,
+    mesh: Mesh | None = None,
     visit: Callable[[list[Cloud]], None] = lambda clouds: None,
     next_phase: Callable[[list[Cloud]], tuple[Phase, Tilted] | None] | None = None,
 ) -> Draws:
@@ -152,7 +160,7 @@ def run(
 
     After each stage `visit` is called with the clouds at its temperature. The phases are those of the target, unless
     `next_phase` makes them, from the clouds at the end of the one before, until it returns None; of several with the
-    same name `log_z` has the last.
+    same name `log_z` has the last. With a mesh, its devices share the particles of each run, and the runs take turns.
 
     Raises:
         NoReferenceError, IntractablePartitionError: where log Z has no meaning for the model.
@@ -160,18 +168,20 @@ def run(
     """
     target.require_tractable()
     target.require_reference()
-    keys = parallel.split(jax.random.split(key, num_runs), most=num_runs)
-    clouds = parallel.over(_initial, keys, target, sampler)
+    layout, keys, target = laid_out(key, target, sampler, num_runs, mesh)
+    clouds = parallel.over(_initial, keys, target, sampler, layout)
     log_z, infos = {}, []
     known = iter(target.phases())
     while coming := next_phase(clouds) if next_phase else next(known, None):
         phase, tempered = coming
-        clouds = parallel.over(_enter, clouds, tempered, phase)
+        clouds = parallel.over(_enter, clouds, tempered, phase, layout)
         check_start(np.concatenate([cloud.energy for cloud in clouds]), phase)
-        clouds, passed = _run_phase(keys, tempered, sampler, phase, clouds, len(infos), progress_bar, visit)
+        first = len(infos)
+        clouds, passed = _run_phase(keys, tempered, sampler, layout, phase, clouds, first, progress_bar, visit)
         log_z |= phase_estimates(phase, passed, num_runs, clouds[0].z.dtype)
         infos += passed
-    final = jax.tree.map(lambda *parts: np.concatenate(parts), *[(c.z, c.ensemble.z, c.log_weight) for c in clouds])
+    final = [sharding.gathered((cloud.z, cloud.ensemble.z, cloud.log_weight)) for cloud in clouds]
+    final = jax.tree.map(lambda *parts: np.concatenate(parts), *final)
     z, weighted, log_weight = final
     path = as_path(infos, num_runs)
     path["role"] = np.array([phase != "prior" for phase, _ in infos], dtype=np.int8)
@@ -189,6 +199,17 @@ def run(
     return Draws(z, {}, attrs, particles=particles, stages=path, log_z=log_z)
 
 
+def laid_out(
+    key: PRNGKey, target: Tilted, sampler: SMC, num_runs: int, mesh: Mesh | None
+) -> tuple[Layout, list[Array], Tilted]:
+    """How the particles lie on a mesh, the keys of the runs in parts, and the target where the particles are."""
+    layout = Layout(sharding.flat(mesh), sampler.chunk_size)
+    in_half = sampler.num_particles // sampler.chain_length // 2
+    sharding.require_equal_shares(in_half, layout.mesh, "particles (or their chains) in each half of the cloud")
+    keys = parallel.split(jax.random.split(key, num_runs), most=num_runs)
+    return layout, *sharding.everywhere((keys, target), layout.mesh)
+
+
 def lagging(drift: float) -> tuple[str, ...]:
     """The doubt about particles that lag behind their targets, by the largest drift, where they do."""
     if not drift > UNSETTLED:
@@ -201,24 +222,32 @@ def lagging(drift: float) -> tuple[str, ...]:
     )
 
 
-def _initial(key: PRNGKey, target: Tilted, sampler: SMC) -> Cloud:
+def _initial(key: PRNGKey, target: Tilted, sampler: SMC, layout: Layout) -> Cloud:
     num = sampler.num_particles
-    z = jax.vmap(target.sample_reference)(jax.random.split(jax.random.fold_in(key, 0), num))
+    z = layout.over(target.sample_reference)(jax.random.split(jax.random.fold_in(key, 0), num))
     zero, zeros = jnp.zeros((), z.dtype), jnp.zeros(num, z.dtype)
     step_size, drift = zero + target.dim**-0.25, jnp.zeros(target.dim, z.dtype)
     ensemble = no_ensemble(z, sampler.persistence)
     log_weight = jnp.full_like(ensemble.energy, -jnp.inf).at[:, 0].set(-jnp.log(num))
     eve = jnp.arange(num)
-    return Cloud(z, zeros, zeros, eve, zero, step_size, zero, zeros, ensemble, log_weight, zero, drift, zero)
+    cloud = Cloud(z, zeros, zeros, eve, zero, step_size, zero, zeros, ensemble, log_weight, zero, drift, zero)
+    return _lying(cloud, layout)
 
 
-def _enter(cloud: Cloud, target: Tilted, phase: str) -> Cloud:
+def _lying(cloud: Cloud, layout: Layout) -> Cloud:
+    """Vectors for each particle over the devices, and whatever is a number everywhere."""
+    z, before = layout.spread((cloud.z, cloud.ensemble.z))
+    numbers = layout.everywhere(cloud._replace(z=None, ensemble=cloud.ensemble._replace(z=None)))
+    return numbers._replace(z=z, ensemble=numbers.ensemble._replace(z=before))
+
+
+def _enter(cloud: Cloud, target: Tilted, phase: str, layout: Layout) -> Cloud:
     """The same particles at the start of another phase."""
-    base, energy = jax.vmap(lambda z: _split(target, phase, z))(cloud.z)
+    base, energy = layout.over(lambda z: _split(target, phase, z))(cloud.z)
     zero, zeros = jnp.zeros_like(cloud.log_z), jnp.zeros_like(cloud.influence)
     ensemble = no_ensemble(cloud.z, len(cloud.ensemble.beta))
     start = {"beta": zero, "log_z": zero, "influence": zeros, "ensemble": ensemble, "variance": zero}
-    return cloud._replace(base=base, energy=energy, **start)
+    return _lying(cloud._replace(base=base, energy=energy, **start), layout)
 
 
 def _split(target: Tilted, phase: str, z: Array) -> tuple[Array, Array]:
@@ -233,6 +262,7 @@ def _run_phase(
     keys: list[Array],
     target: Tilted,
     sampler: SMC,
+    layout: Layout,
     phase: str,
     clouds: list[Cloud],
     first: int,
@@ -247,10 +277,10 @@ def _run_phase(
         while under_way := [i for i, cloud in enumerate(clouds) if np.any(np.asarray(cloud.beta) < 1.0)]:
             stage = np.array(first + len(infos) + 1)
             members = [(keys[i], clouds[i]) for i in under_way]
-            results = parallel.over(_stage, members, target, sampler, phase, stage)
+            results = parallel.over(_stage, members, target, sampler, layout, phase, stage, in_place=True)
             parts: list[Any] = [[np.full(len(cloud.beta), np.nan)] * len(StageInfo._fields) for cloud in clouds]
-            for i, (cloud, info) in zip(under_way, jax.device_get(results), strict=True):
-                clouds[i], parts[i] = cloud, info
+            for i, ((keys[i], clouds[i]), info) in zip(under_way, results, strict=True):
+                parts[i] = jax.device_get(info)
             info: Any = StageInfo(*map(np.concatenate, zip(*parts, strict=True)))  # pyright: ignore
             check(info, phase, len(infos) + 1, sampler.num_particles, sampler.max_stages)
             infos.append((phase, info))
@@ -264,17 +294,20 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
 def _stage(
-    member: tuple[PRNGKey, Cloud], target: Tilted, sampler: SMC, phase: str, stage: Array
-) -> tuple[Cloud, StageInfo]:
+    member: tuple[PRNGKey, Cloud], target: Tilted, sampler: SMC, layout: Layout, phase: str, stage: Array
+) -> tuple[tuple[PRNGKey, Cloud], StageInfo]:
     """One stage of a run, or none if it is done: some of its part may be."""
     key, cloud = member
-    after, info = _one_stage(jax.random.fold_in(key, stage), target, sampler, phase, cloud)
+    after, info = _one_stage(jax.random.fold_in(key, stage), target, sampler, layout, phase, cloud)
     done = cloud.beta >= 1.0
     kept = jax.tree.map(lambda new, old: jnp.where(done, old, new), after, cloud)
-    return kept, jax.tree.map(lambda x: jnp.where(done, jnp.nan, x), info)
+    info = jax.tree.map(lambda x: jnp.where(done, jnp.nan, x), info)
+    return (key, _lying(kept, layout)), layout.everywhere(info)
 
 
-def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cloud) -> tuple[Cloud, StageInfo]:
+def _one_stage(
+    key: PRNGKey, target: Tilted, sampler: SMC, layout: Layout, phase: str, cloud: Cloud
+) -> tuple[Cloud, StageInfo]:
     """Weigh, resample, move: from the temperature of the cloud to the next one."""
     num, length = sampler.num_particles, sampler.chain_length
     key_resample, key_move = jax.random.split(key)
@@ -284,7 +317,7 @@ def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cl
     ensemble = join(cloud.ensemble, cloud.z, energy, cloud.eve, cloud.beta, cloud.influence)
     weighed = weigh(ensemble, cloud.beta, sampler.target_ess)
     beta, weights = weighed.beta, jnp.exp(weighed.log_weight)
-    before, eve = ensemble.z.reshape(-1, cloud.z.shape[-1]), ensemble.eve.ravel()
+    before, eve = layout.everywhere(ensemble.z.reshape(-1, cloud.z.shape[-1])), ensemble.eve.ravel()
     ancestors = systematic(key_resample, weights.ravel(), num)
     ess = jnp.exp(log_ess(weighed.log_weight.ravel()))
 
@@ -292,18 +325,18 @@ def _one_stage(key: PRNGKey, target: Tilted, sampler: SMC, phase: str, cloud: Cl
         base, energy = _split(target, phase, z)
         return base - beta * energy
 
-    resampled = before[ancestors].reshape(2, num // 2, -1)
+    resampled = layout.spread(before[ancestors].reshape(2, num // 2, -1), axis=1)
     # Not by vmap: with a batch of matrices the runs would have to go one at a time (`xla.may_run_beside_itself`).
     halves = [DenseScale.of_cloud(half, jnp.minimum(ess, num) / 2) for half in resampled[::-1]]
     scales = jax.tree.map(lambda *of_halves: jnp.stack(of_halves), *halves)
     # One in so many of a systematic sample, the first by chance, is a smaller systematic sample.
     first = ancestors.reshape(-1, length)[:, jax.random.randint(jax.random.fold_in(key_resample, 1), (), 0, length)]
-    start = before[first].reshape(2, num // length // 2, -1)
+    start = layout.spread(before[first].reshape(2, num // length // 2, -1), axis=1)
     moved, chains = move(
-        key_move, start, log_density, sampler.kernel, sampler.num_moves, cloud.step_size, scales, length
+        key_move, start, log_density, sampler.kernel, sampler.num_moves, cloud.step_size, scales, layout, length
     )
-    z = chains.reshape(num, -1)
-    base, new_energy = jax.vmap(lambda z: _split(target, phase, z))(z)
+    z = layout.spread(chains.reshape(num, -1))
+    base, new_energy = layout.over(lambda z: _split(target, phase, z))(z)
     log_z = cloud.log_z + weighed.increment
     newest = jax.nn.softmax(jnp.where(jnp.isfinite(energy), -weighed.step * energy, -jnp.inf))
     carried = jnp.mean(z, axis=0) - newest @ cloud.z

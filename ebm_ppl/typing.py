@@ -60,6 +60,10 @@ class TemperingStalledError(EnergyError):
     """The inverse temperature stopped growing before it reached one."""
 
 
+class OutOfMemoryError(EnergyError):
+    """A compiled program needs more memory than its device has."""
+
+
 class IncomparableError(EnergyError):
     """Two evidences of different data were compared."""
 

@@ -142,6 +142,27 @@ MUTATIONS = (
         (_smc("eight_schools"),),
     ),
     Mutation(
+        "keys of the first chunk for every chunk",
+        "sharding.py",
+        "*chunk(others, start))",
+        "*chunk(others, 0))",
+        ("test_sharding.py::test_particles_renewed_in_chunks_are_renewed_once",),
+    ),
+    Mutation(
+        "particles of the last chunk moved twice",
+        "sharding.py",
+        "jnp.arange(size) < i * size",
+        "jnp.arange(size) < 0",
+        ("test_sharding.py::test_particles_renewed_in_chunks_are_renewed_once",),
+    ),
+    Mutation(
+        "other keys on a mesh",
+        "sharding.py",
+        "np.asarray(jax.random.key_data(x))",
+        "np.zeros_like(jax.random.key_data(x))",
+        ("test_sharding.py::test_only_rounding_differs[mesh]",),
+    ),
+    Mutation(
         "one key for all runs",
         "smc.py",
         "jax.random.split(key, num_runs)",

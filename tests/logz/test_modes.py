@@ -9,8 +9,8 @@ import pytest
 from problems import PROBLEMS
 
 import ebm_ppl as ebm
-from ebm_ppl.logz.search import _modes
 from ebm_ppl.logz.modes import find_modes
+from ebm_ppl.logz.search import _modes
 
 STARTS = np.random.default_rng(0).normal(0, 3, (32, 8))
 

@@ -1,0 +1,52 @@
+"""The memory of a run of SMC, known before it: by the compiler's own account of the arrays that its programs hold.
+
+    each run                     its cloud, in whose place a stage puts the next
+    the runs that go together    temporary arrays, which `SMC(chunk_size=...)` makes smaller
+
+A program that cannot fit into its device is refused once it is compiled (`parallel.require_room`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from ebm_ppl import parallel, smc
+from ebm_ppl.parallel import Program
+from ebm_ppl.sharding import Mesh
+from ebm_ppl.smc import SMC
+from ebm_ppl.target import Tilted
+
+
+def memory(target: Tilted, sampler: SMC, *, num_runs: int = 1, mesh: Mesh | None = None) -> int:
+    """Bytes of arrays that a device holds at the worst moment of a run of SMC.
+
+        num_runs * cloud + temporary arrays of the runs that go together
+
+    What is compiled for the estimate serves the run. Not counted are Python, JAX and its compiler (some .7 GB on the
+    CPU), and what is made of the draws afterwards: `sample` has several copies of them on the host.
+
+    Args:
+        target, sampler, num_runs, mesh: as they will be passed to `log_z`.
+    """
+    layout, keys, target = smc.laid_out(jax.random.key(0), target, sampler, num_runs, mesh)
+    begun = parallel.prepare_over(smc._initial, keys[0], target, sampler, layout)
+    programs = [begun]
+    for phase, tempered in target.phases():
+        entered = parallel.prepare_over(smc._enter, _results(begun), tempered, phase, layout)
+        member, stage = (keys[0], _results(entered)), jax.ShapeDtypeStruct((), int)
+        shared = tempered, sampler, layout, phase, stage
+        programs += [entered, parallel.prepare_over(smc._stage, member, *shared, in_place=True)]
+    return max(_bytes(program, len(keys)) for program in programs)
+
+
+def _results(program: Program) -> Any:
+    """Shapes of a program's results, which say where these lie."""
+    lie = program.compiled.result().output_shardings
+    return jax.tree.map(lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), program.shapes, lie)
+
+
+def _bytes(program: Program, num_parts: int) -> int:
+    held = program.compiled.result().memory_analysis()
+    return num_parts * parallel.held_bytes(held) + parallel.at_once(program, num_parts) * held.temp_size_in_bytes
