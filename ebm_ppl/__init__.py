@@ -1,10 +1,11 @@
 """Energy-based models in Bayesian modelling: energies in NumPyro models, BlackJAX samplers, ArviZ results."""
 
 from ebm_ppl import xla  # noqa: F401  # first, since it is in time only before the import of BlackJAX
+from ebm_ppl.arviz import log_z_to_datatree
 from ebm_ppl.compare import compare
 from ebm_ppl.distribution import EnergyDistribution, energy_factor
 from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, ScaledEnergy, SumEnergy
-from ebm_ppl.evidence import log_z, read_log_z
+from ebm_ppl.evidence import log_z, log_z_stream, read_log_z
 from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
 from ebm_ppl.logz.annealing import AIS, BDMC
@@ -72,6 +73,8 @@ __all__ = [
     "compare",
     "energy_factor",
     "log_z",
+    "log_z_stream",
+    "log_z_to_datatree",
     "plot_compare",
     "plot_energies",
     "plot_sequential_evidence",

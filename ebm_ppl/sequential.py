@@ -41,12 +41,11 @@ from ebm_ppl import parallel
 from ebm_ppl.arviz import Coords, Dims, to_datatree
 from ebm_ppl.blocks import Arriving, Position, at, blocks, energies_of_observations, layout
 from ebm_ppl.evidence import weigh
-from ebm_ppl.logz.integral import error_of_mean
 from ebm_ppl.probe import check_tails
 from ebm_ppl.smc import SMC, Cloud
 from ebm_ppl.stages import SMALLEST_STEP
 from ebm_ppl.target import Phase, Target
-from ebm_ppl.typing import ArrayLike, EnergyError, PRNGKey, TemperingStalledError, as_key, log_mean
+from ebm_ppl.typing import ArrayLike, EnergyError, PRNGKey, TemperingStalledError, as_key, error_of_mean, log_mean
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -22,7 +22,7 @@ import math
 import jax
 
 from ebm_ppl.logz.fitted import IMPORTANCE, FittedReference
-from ebm_ppl.logz.integral import CONTRADICTION, Integral, opinion_of
+from ebm_ppl.logz.integral import CONTRADICTION, Integral, imprecise, opinion_of
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.rebase import Joint
 from ebm_ppl.smc import SMC, lagging, run
@@ -78,9 +78,7 @@ class Consultation:
             doubt = f"There is no second opinion to settle the doubts about the first: {error}"
             return dataclasses.replace(first, story=story, doubts=(*first.doubts, doubt))
         answer, why = _answer(first, second)
-        if not answer.doubts and answer.std_error > self.tol:
-            doubt = f"The standard error is {answer.std_error:.3f}, where {self.tol:g} was wanted: raise budget."
-            answer = dataclasses.replace(answer, doubts=(doubt,))
+        answer = dataclasses.replace(answer, doubts=answer.doubts or imprecise(answer.std_error, self.tol))
         return dataclasses.replace(
             answer,
             num_evaluations=first.num_evaluations + second.num_evaluations,

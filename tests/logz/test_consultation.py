@@ -139,8 +139,3 @@ def test_many_coordinates_get_a_second_opinion_by_tempering():
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(ebm.EnergyError, match=next(iter(settings))):
         ebm.Consultation(**settings)
-
-
-def test_tol_is_of_the_default_alone():
-    with pytest.raises(ebm.EnergyError, match="tol and budget"):
-        ebm.log_z(jax.random.key(0), PROBLEMS["regression"].target(), ebm.SMC(), tol=0.1)
