@@ -234,7 +234,8 @@ def read_log_z(data: xr.DataTree) -> LogZ:
             "This result has no group 'log_z': only SMC and parallel tempering estimate it while they sample."
         )
     group = data["log_z"].to_dataset()
-    method, observed = group.attrs.get("method", data.attrs.get("sampler", "")), data.attrs.get("data_id")
+    facts = {**data.attrs, **group.attrs}
+    method, observed = facts.get("method", facts.get("sampler", "")), facts.get("data_id")
     numbers = {str(name): np.asarray(value) for name, value in group.data_vars.items()}
     runs = {name: value for name, value in numbers.items() if value.ndim == 1}
     if "whole_value" in runs and "prior_value" not in runs:
@@ -249,8 +250,8 @@ def read_log_z(data: xr.DataTree) -> LogZ:
         lower, upper = (float(numbers[side]) if side in numbers else None for side in ("lower", "upper"))
         value, std_error = float(numbers["value"]), float(numbers["std_error"])
         found = LogZ(value, std_error, method, lower=lower, upper=upper, data_id=observed)
-    story, doubts = (_lines(group.attrs.get(name, "")) for name in ("story", "doubts"))
-    own = json.loads(group.attrs.get("diagnostics", "{}"))
+    story, doubts = (_lines(facts.get(name, "")) for name in ("story", "doubts"))
+    own = json.loads(facts.get("diagnostics", "{}"))
     return dataclasses.replace(
         found,
         story=story,

@@ -2,7 +2,6 @@
 
     of_path(draws)                     what each run of SMC says: log Z(prior), and log Z(data) given it
     of_integrals(key, ..., numbers)    what each run of another estimator says: log Z(prior), and log Z of the whole
-    of_one_integral(target, found)     the same of one run that has seen all energies at once, for a DataTree
     estimate(runs, ...)                the runs together: `LogZ`
     join(before, batch, ...)           an estimate, continued by more runs
 
@@ -70,13 +69,6 @@ def of_integrals(key: PRNGKey, target: Target, method: Estimator, numbers: range
         doubts=[doubt for runs in found.values() for integral in runs for doubt in integral.doubts],
         diagnostics={stage: [dict(integral.diagnostics) for integral in runs] for stage, runs in found.items()},
     )
-
-
-def of_one_integral(target: Target, found: Integral) -> dict[str, np.ndarray]:
-    """From one run of a sampler for all energies of a target, which knows nothing of its prior by itself."""
-    *before, last = _stages(target) or ["data"]
-    runs = _numbers({last: [found]}, 1)
-    return {name.replace("data_", "whole_"): each for name, each in runs.items()} if before else runs
 
 
 def _stages(target: Target) -> dict[str, Target]:
