@@ -76,7 +76,8 @@ class Consultation:
             raise
         except EnergyError as error:
             doubt = f"There is no second opinion to settle the doubts about the first: {error}"
-            return dataclasses.replace(first, story=story, doubts=(*first.doubts, doubt))
+            told = f"no second opinion (what it took until it failed, if anything, is not counted: {error})"
+            return dataclasses.replace(first, story=(*story, told), doubts=(*first.doubts, doubt))
         answer, why = _answer(first, second)
         answer = dataclasses.replace(answer, doubts=answer.doubts or imprecise(answer.std_error, self.tol))
         return dataclasses.replace(
@@ -100,7 +101,13 @@ class Consultation:
         larger = min((second.std_error / self.tol) ** 2 * MARGIN, MOST_LARGER)
         if second.doubts or second.std_error <= self.tol or not second.num_evaluations * (1 + larger) <= budget:
             return second
-        again = ask(key_again, target, larger)
+        try:
+            again = ask(key_again, target, larger)
+        except NonFiniteEnergyError:
+            raise
+        except EnergyError as error:
+            told = f"{larger:.1f} times larger for the error wanted it failed, at a cost that is not counted: {error}"
+            return dataclasses.replace(second, story=(*second.story, told))
         return dataclasses.replace(
             again,
             num_evaluations=second.num_evaluations + again.num_evaluations,
