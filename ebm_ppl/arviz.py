@@ -5,7 +5,8 @@
     log_likelihood     (chain, draw)      observed sites only, pointwise; never a factor
     observed_data                         observed values
     particles          (chain, particle)  weighted originals of a particle method, with `log_weight`
-    smc                (chain, stage)     its path: beta, ess, accept_rate, log_z_increment, ..., padded with NaN
+    smc                (chain, stage)     its path: beta, ess, accept_rate, ..., padded with NaN; at every stage what is
+                                          known of log Z of the phase: log_z, log_z_std_error, total_evaluations
     log_z              (chain)            estimate and cost of each independent run, by phase; see `LogZ.runs`
     history            (run)              of `log_z_to_datatree`: what was known after each run
     tempering          (rung)             the ladder of parallel tempering: beta, rejection_rate, accept_rate, ...
@@ -203,8 +204,11 @@ def _add_path(tree: xr.DataTree, target: Target, draws: Draws, coords: Coords | 
         weighted = from_groups(target, {"posterior": values}, coords=coords, dims=dims)["posterior"].to_dataset()
         tree["particles"] = xr.DataTree(weighted.rename(draw="particle"))
     if draws.stages is not None:
+        each = draws.stages["num_evaluations"].astype(float)
+        so_far = {"total_evaluations": np.where(np.isnan(each), np.nan, np.nancumsum(each, axis=1))}
         path = {
-            name: (("chain", "stage")[2 - np.ndim(value) :], np.asarray(value)) for name, value in draws.stages.items()
+            name: (("chain", "stage")[2 - np.ndim(value) :], np.asarray(value))
+            for name, value in (draws.stages | so_far).items()
         }
         tree["smc"] = xr.DataTree(xr.Dataset(path))
     if draws.log_z is not None:
