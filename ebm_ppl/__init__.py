@@ -18,7 +18,7 @@ from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
 from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_compare, plot_energies, plot_sequential_evidence, plot_smc
-from ebm_ppl.sequential import sequential_evidence
+from ebm_ppl.sequential import evidence_between, sequential_evidence
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, target
 from ebm_ppl.typing import (
@@ -72,6 +72,7 @@ __all__ = [
     "as_numpyro_kernel",
     "compare",
     "energy_factor",
+    "evidence_between",
     "log_z",
     "log_z_stream",
     "log_z_to_datatree",

@@ -390,6 +390,13 @@ MUTATIONS = (
         ("test_sequential.py::test_conjugate_model_at_every_observation",),
     ),
     Mutation(
+        "increments along the data taken for independent",
+        "sequential.py",
+        "changes @ changes.swapaxes(1, 2)",
+        "changes @ changes.swapaxes(1, 2) * np.eye(num_times)",
+        ("test_sequential.py::test_conjugate_model_at_every_observation",),
+    ),
+    Mutation(
         "drift from particles without their weights",
         "smc.py",
         "carried = jnp.mean(z, axis=0) - weights @ cloud.z",
