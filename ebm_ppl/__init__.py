@@ -1,10 +1,11 @@
 """Energy-based models in Bayesian modelling: energies in NumPyro models, BlackJAX samplers, ArviZ results."""
 
 from ebm_ppl import xla  # noqa: F401  # first, since it is in time only before the import of BlackJAX
+from ebm_ppl.arviz import log_z_to_datatree
 from ebm_ppl.compare import compare
 from ebm_ppl.distribution import EnergyDistribution, energy_factor
 from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, ScaledEnergy, SumEnergy
-from ebm_ppl.evidence import log_z, read_log_z
+from ebm_ppl.evidence import log_z, log_z_stream, read_log_z
 from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
 from ebm_ppl.logz.annealing import AIS, BDMC
@@ -18,7 +19,7 @@ from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.memory import memory
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_compare, plot_energies, plot_sequential_evidence, plot_smc
-from ebm_ppl.sequential import sequential_evidence
+from ebm_ppl.sequential import evidence_between, sequential_evidence
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, target
 from ebm_ppl.typing import (
@@ -74,7 +75,10 @@ __all__ = [
     "as_numpyro_kernel",
     "compare",
     "energy_factor",
+    "evidence_between",
     "log_z",
+    "log_z_stream",
+    "log_z_to_datatree",
     "memory",
     "plot_compare",
     "plot_energies",

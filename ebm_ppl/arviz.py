@@ -5,8 +5,10 @@
     log_likelihood     (chain, draw)      observed sites only, pointwise; never a factor
     observed_data                         observed values
     particles          (chain, particle)  weighted originals of a particle method, with `log_weight`
-    smc                (chain, stage)     its path: beta, ess, accept_rate, log_z_increment, ..., padded with NaN
-    log_z              (chain)            its estimate of each independent run, by phase
+    smc                (chain, stage)     its path: beta, ess, accept_rate, ..., padded with NaN; at every stage what is
+                                          known of log Z of the phase: log_z, log_z_std_error, total_evaluations
+    log_z              (chain)            estimate and cost of each independent run, by phase; see `LogZ.runs`
+    history            (run)              of `log_z_to_datatree`: what was known after each run
     tempering          (rung)             the ladder of parallel tempering: beta, rejection_rate, accept_rate, ...
 
 Names of dimensions come from the plates of the model, or from the user's `dims`.
@@ -15,6 +17,7 @@ Names of dimensions come from the plates of the model, or from the user's `dims`
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,7 @@ import numpy as np
 
 from ebm_ppl import parallel
 from ebm_ppl.target import Target
-from ebm_ppl.typing import Array, Draws
+from ebm_ppl.typing import Array, Draws, LogZ
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -147,6 +150,42 @@ def data_id(target: Target) -> str | None:
     return _fingerprint(observed_data(target)) if target.spec.observed else None
 
 
+def model_id(target: Target) -> str:
+    """Fingerprint of the sites of a model and of their roles; it does not see the numbers in it."""
+    spec = target.spec
+    facts = repr((spec.latents, spec.roles, spec.observed, spec.discrete))
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def log_z_to_datatree(log_z: LogZ) -> xr.DataTree:
+    """A `LogZ` as a DataTree, which a netCDF file takes and `read_log_z` reads.
+
+    Its group `log_z` has `value` and `std_error` in nats, `lower` and `upper` where the method brackets log Z, and by
+    `chain` what each independent run says (`LogZ.runs`); `method`, `story` and `doubts`, a line for each sentence, and
+    `diagnostics`, in JSON, are attributes. Its group `history` has by `run` what was known after each.
+
+    Args:
+        log_z: what `log_z` or `log_z_stream` returned, or a sum or difference, which has no runs.
+
+    Example:
+        >>> ebm_ppl.log_z_to_datatree(found).to_netcdf("log_z.nc", engine="h5netcdf")
+    """
+    import xarray as xr
+
+    parts = "value", "std_error", "lower", "upper"
+    group = xr.Dataset({name: part for name in parts if (part := getattr(log_z, name)) is not None})
+    group = group.assign({name: ("chain", each) for name, each in log_z.runs.items()})
+    group.attrs = {
+        "method": log_z.method,
+        **{name: "\n".join(" ".join(line.split()) for line in getattr(log_z, name)) for name in ("story", "doubts")},
+        "diagnostics": json.dumps(dict(log_z.diagnostics), default=lambda x: np.asarray(x).tolist()),
+    }
+    groups = {"log_z": group} | ({"history": xr.Dataset.from_dataframe(log_z.history)} if log_z.runs else {})
+    tree = xr.DataTree.from_dict(groups)
+    tree.attrs = {"inference_library": "ebm_ppl"} | ({"data_id": log_z.data_id} if log_z.data_id else {})
+    return tree
+
+
 def _fingerprint(values: Mapping[str, np.ndarray]) -> str:
     digests = sorted(
         hashlib.sha256(repr(np.shape(value)).encode() + np.asarray(value, np.float32).tobytes()).hexdigest()
@@ -165,8 +204,11 @@ def _add_path(tree: xr.DataTree, target: Target, draws: Draws, coords: Coords | 
         weighted = from_groups(target, {"posterior": values}, coords=coords, dims=dims)["posterior"].to_dataset()
         tree["particles"] = xr.DataTree(weighted.rename(draw="particle"))
     if draws.stages is not None:
+        each = draws.stages["num_evaluations"].astype(float)
+        so_far = {"total_evaluations": np.where(np.isnan(each), np.nan, np.nancumsum(each, axis=1))}
         path = {
-            name: (("chain", "stage")[2 - np.ndim(value) :], np.asarray(value)) for name, value in draws.stages.items()
+            name: (("chain", "stage")[2 - np.ndim(value) :], np.asarray(value))
+            for name, value in (draws.stages | so_far).items()
         }
         tree["smc"] = xr.DataTree(xr.Dataset(path))
     if draws.log_z is not None:

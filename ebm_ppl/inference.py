@@ -75,7 +75,7 @@ def sample(
 
     Returns:
         A DataTree with groups `posterior`, `sample_stats`, `log_likelihood`, `observed_data`, for `SMC` also
-        `particles`, `smc` and `log_z`, and for `ParallelTempering` also `tempering`.
+        `particles`, `smc` and `log_z`, and for `ParallelTempering` also `tempering` and `log_z`.
 
     Raises:
         IntractablePartitionError: where a partition function depends on latent sites and is not known.
@@ -108,7 +108,7 @@ def sample(
         check_tails(target, needs_normalisation=True)
         given = {"num_replicas": num_chains, "num_draws": num_samples}
         sampler = dataclasses.replace(sampler, **{name: num for name, num in given.items() if num is not None})
-        draws = tempering.draw(key, target, sampler)
+        draws = tempering.draw(key, target, sampler, progress_bar=progress_bar)
         return to_datatree(target, draws, coords=coords, dims=dims, log_likelihood=log_likelihood)
     if state is None:
         check_tails(target, needs_normalisation=False)

@@ -19,6 +19,7 @@ k-th particle of the (tilted) prior up to block t, and S_t^k its weight there,
 
     var log p(y_1:t)        about  sum_k (psi_t^k)^2 / (1 - sum_k (S_t^k)^2)
     var log p(y_s+1:t)      about  sum_k (psi_t^k - psi_s^k)^2 / (1 - sum_k (S_t^k)^2)
+                            =  sum_ab G_ab / (1 - sum_k (S_t^k)^2)   a, b in s+1..t; G_ab = sum_k dpsi_a^k dpsi_b^k
 
 References:
     Chopin (2002), A sequential particle filter method for static models.
@@ -40,16 +41,18 @@ from scipy.special import logsumexp
 from ebm_ppl import parallel
 from ebm_ppl.arviz import Coords, Dims, to_datatree
 from ebm_ppl.blocks import Arriving, Position, at, blocks, energies_of_observations, layout
-from ebm_ppl.evidence import weigh
-from ebm_ppl.logz.integral import error_of_mean
+from ebm_ppl.evidence import read_log_z, weigh
 from ebm_ppl.probe import check_tails
 from ebm_ppl.smc import SMC, Cloud
 from ebm_ppl.stages import SMALLEST_STEP
 from ebm_ppl.target import Phase, Target
-from ebm_ppl.typing import ArrayLike, EnergyError, PRNGKey, TemperingStalledError, as_key, log_mean
+from ebm_ppl.typing import ArrayLike, EnergyError, LogZ, PRNGKey, TemperingStalledError, as_key, error_of_mean, log_mean
 
 if TYPE_CHECKING:
     import xarray as xr
+
+MOST_TIMES = 1000
+"""Whose covariances are stored, for each pair."""
 
 
 def sequential_evidence(
@@ -89,7 +92,8 @@ def sequential_evidence(
     Returns:
         A DataTree as that of `sample(key, target, SMC())`, which `read_log_z` reads, too, with one more group,
         `sequential`: `log_evidence`, `log_evidence_se`, `elpd`, `elpd_se` and `num_observations` by `time`, and
-        those of each run, with the prefix `run_`, by `chain` and `time`. Errors of different times are not independent.
+        those of each run, with the prefix `run_`, by `chain` and `time`. Errors of different times are not independent:
+        `evidence_between` has those of sums.
 
     Raises:
         EnergyError: for discrete latent sites, whose observations have no terms of their own; without data; and where
@@ -100,6 +104,7 @@ def sequential_evidence(
         Chopin (2002), A sequential particle filter method for static models; Buerkner, Gabry and Vehtari (2020),
         Approximate leave-future-out cross-validation for Bayesian time series models.
     """
+    import xarray as xr
     from tqdm.auto import tqdm
 
     key, sampler = as_key(key), SMC() if sampler is None else sampler
@@ -121,13 +126,57 @@ def sequential_evidence(
             named = ["outside of the plate", *times] if outside else times
             where = named[min(int(walk.target.start.block), len(named) - 1)]
             raise type(error)(f"While the observations from time {where} on came in: {error}") from error
-    runs = _by_run(walk.accounts, draws.z.dtype)
+    runs, between = _by_run(walk.accounts, draws.z.dtype), _between(walk.accounts, len(times))
     whole = {"data_value": runs["log_evidence"][:, -1], "data_std_error": runs["log_evidence_se"][:, -1]}
-    attrs = draws.attrs | {"num_evaluations": draws.attrs["num_evaluations"] + walk.num_evaluations}
+    own = (draws.log_z or {})["num_evaluations"] + walk.num_evaluations / num_runs
+    whole["num_evaluations"] = own
+    attrs = draws.attrs | {"num_evaluations": float(np.sum(own))}
     draws = dataclasses.replace(draws, log_z=(draws.log_z or {}) | whole, attrs=attrs)
     tree = to_datatree(target, draws, coords=coords, dims=dims)
-    tree["sequential"] = _as_group(runs, times, block, outside)
+    group = _as_group(runs, times, block, outside).assign(between).assign_coords(also_time=times)
+    group.attrs["resolution"] = float(np.finfo(draws.z.dtype).eps)
+    tree["sequential"] = xr.DataTree(group)
     return tree
+
+
+def evidence_between(data: xr.DataTree, start: Any = None, stop: Any = None) -> LogZ:
+    """The log evidence of the observations from one time to another, given those before, in nats.
+
+        log p(y_start:stop | y_before start)
+
+    Args:
+        data: what `sequential_evidence` returned.
+        start, stop: the first and the last time of the range, both included; the first and the last of all where None.
+
+    Raises:
+        EnergyError: where the result is of another kind, has more than 1000 times, or none in the range.
+
+    Reference:
+        Lee and Whiteley (2018), Variance estimation in the particle filter.
+
+    Example:
+        >>> ebm_ppl.evidence_between(data, 1990, 1999)
+    """
+    if "sequential" not in data.children:
+        raise EnergyError("This result has no group 'sequential': the range is of what sequential_evidence returns.")
+    group = data["sequential"].to_dataset()
+    if "run_products" not in group:
+        raise EnergyError(f"There are more than {MOST_TIMES} times, so that their covariances have not been stored.")
+    inside = group.sel(time=slice(start, stop), also_time=slice(start, stop))
+    if not inside.sizes["time"]:
+        raise EnergyError(f"There is no observation from time {start} to {stop}.")
+    values = inside["run_elpd"].values.sum(axis=1)
+    variances = inside["run_products"].values.sum(axis=(1, 2)) / inside["run_known"].values[:, -1]
+    rounding = group.attrs["resolution"] * np.abs(inside["run_log_evidence"].values[:, -1])
+    first, last = inside["time"].values[[0, -1]]
+    return LogZ(
+        value=float(inside["elpd"].sum()),
+        std_error=error_of_mean(values, np.hypot(np.sqrt(variances), rounding)),
+        method=str(data.attrs["sampler"]),
+        replicates=values,
+        data_id=f"{data.attrs.get('data_id')} from {first} to {last}",
+        doubts=read_log_z(data).doubts,
+    )
 
 
 # The walk
@@ -144,6 +193,10 @@ class _Account:
         self.value: list[float] = []
         self.variance: list[float] = []
         self.elpd_variance: list[float] = []
+        self.known: list[float] = []
+        """1 - sum_k (S_t^k)^2"""
+        self.changes: list[np.ndarray] = []
+        """Of the influence by each block, (N,)."""
 
     def pass_by(self, log_weights: np.ndarray, eve: np.ndarray) -> None:
         """Takes in blocks that the particles have been weighed for.
@@ -157,10 +210,13 @@ class _Account:
             total = float(np.logaddexp.reduce(log_weight))
             weights = np.exp(log_weight - total)
             influence = self.influence + np.bincount(eve, weights - 1 / num, num)
-            unknown = max(1 - np.sum(np.bincount(eve, weights, num) ** 2), np.finfo(float).tiny)
+            known = max(1 - np.sum(np.bincount(eve, weights, num) ** 2), np.finfo(float).tiny)
             self.value.append(self.log_z + total - math.log(num))
-            self.variance.append(np.sum(influence**2) / unknown)
-            self.elpd_variance.append(np.sum((influence - self.influence_at_block) ** 2) / unknown)
+            self.variance.append(np.sum(influence**2) / known)
+            change = influence - self.influence_at_block
+            self.elpd_variance.append(np.sum(change**2) / known)
+            self.known.append(float(known))
+            self.changes.append(change)
             self.influence_at_block = influence
 
     def move(self, cloud: Cloud) -> None:
@@ -292,7 +348,18 @@ def _by_run(accounts: list[_Account], dtype: Any) -> dict[str, np.ndarray]:
     }
 
 
-def _as_group(runs: dict[str, np.ndarray], times: np.ndarray, block: np.ndarray, outside: list[str]) -> xr.DataTree:
+def _between(accounts: list[_Account], num_times: int) -> dict[str, Any]:
+    """What the errors of sums over times are made of, by run."""
+    if num_times > MOST_TIMES:
+        return {}
+    changes = np.array([account.changes[-num_times:] for account in accounts])
+    return {
+        "run_products": (("chain", "time", "also_time"), changes @ changes.swapaxes(1, 2)),
+        "run_known": (("chain", "time"), np.array([account.known[-num_times:] for account in accounts])),
+    }
+
+
+def _as_group(runs: dict[str, np.ndarray], times: np.ndarray, block: np.ndarray, outside: list[str]) -> xr.Dataset:
     """The group `sequential`: averages of the runs on the scale of Z, and the runs."""
     import xarray as xr
 
@@ -309,4 +376,4 @@ def _as_group(runs: dict[str, np.ndarray], times: np.ndarray, block: np.ndarray,
     group = xr.Dataset(variables, coords={"time": times, "chain": np.arange(len(runs["elpd"]))})
     if outside:
         group.attrs = {"before": value[0], "before_se": errors["log_evidence_se"][0], "outside": ", ".join(outside)}
-    return xr.DataTree(group)
+    return group

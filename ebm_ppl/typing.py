@@ -4,6 +4,7 @@ Everything is measured in nats. An energy `U` is low where probability is high, 
 partition function of energies `U_k` under a normalised reference `pi_0` is
 
     Z = E_{pi_0}[ exp(-sum_k beta_k U_k) ]            log Z: `LogZ.value`
+    independent runs together                         `pooled`: averages on the scale of Z
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike
@@ -92,6 +96,10 @@ class LogZ:
         diagnostics: what says whether to trust the number.
         story: how the estimate was reached, a sentence for each step.
         doubts: why not to trust it, a sentence for each reason; empty where nothing speaks against it.
+        runs: what each independent run says, each of shape (num_runs,): `<phase>_value` and `<phase>_std_error` (the
+            phases are `prior`, `data` given it, and for what integrates both at once `whole`), `num_evaluations` of the
+            log density, `num_nan`, ... Empty for sums and differences.
+        history: after each run, the estimate from all so far: a DataFrame.
 
     Raises:
         IncomparableError: on subtracting estimates of different data.
@@ -108,6 +116,18 @@ class LogZ:
     diagnostics: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     story: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
     doubts: tuple[str, ...] = ()
+    runs: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """The estimate after each run: evaluations so far, and value and standard error of the runs so far, in nats."""
+        import pandas as pd
+
+        num = len(self.runs.get("num_evaluations", ()))
+        so_far = [pooled({name: each[:stop] for name, each in self.runs.items()}) for stop in range(1, num + 1)]
+        table = pd.DataFrame(so_far, columns=["value", "std_error"], index=pd.RangeIndex(1, num + 1, name="run"))
+        table.insert(0, "num_evaluations", np.cumsum(self.runs.get("num_evaluations", ())))
+        return table
 
     def __sub__(self, other: LogZ | float) -> LogZ:
         return self._combine(other, -1.0)
@@ -128,6 +148,7 @@ class LogZ:
             upper=None if self.lower is None else -self.lower,
             parts={name: -part for name, part in self.parts.items()},
             replicates=-self.replicates,
+            runs={},
         )
 
     def __float__(self) -> float:
@@ -145,6 +166,7 @@ class LogZ:
                 replicates=self.replicates + shift,
                 lower=None if self.lower is None else self.lower + shift,
                 upper=None if self.upper is None else self.upper + shift,
+                runs={},
             )
         if sign < 0 and self.data_id != other.data_id:
             raise IncomparableError(
@@ -188,6 +210,26 @@ class Draws:
 def log_mean(log_values: np.ndarray) -> float:
     """log of the mean of numbers given by their logs: what estimates of one Z are averaged by."""
     return float(np.logaddexp.reduce(log_values) - math.log(len(log_values)))
+
+
+def error_of_mean(values: np.ndarray, errors: np.ndarray) -> float:
+    """Standard error of a mean of independent runs: from their own errors or from their spread, whichever is larger."""
+    num = len(values)
+    spread = float(np.std(values, ddof=1)) if num > 1 else 0.0
+    return max(math.sqrt(float(np.mean(errors**2))), spread) / math.sqrt(num)
+
+
+def pooled(runs: Mapping[str, np.ndarray]) -> tuple[float, float]:
+    """Value and standard error of independent runs together, which are those of `LogZ.runs`."""
+    found = {
+        phase: (log_mean(runs[f"{phase}_value"]), error_of_mean(runs[f"{phase}_value"], runs[f"{phase}_std_error"]))
+        for phase in ("prior", "data", "whole")
+        if f"{phase}_value" in runs
+    }
+    if "whole" in found:
+        (prior, prior_error), (whole, whole_error) = found["prior"], found["whole"]
+        return whole - prior, math.hypot(prior_error, whole_error)
+    return list(found.values())[-1] if found else (0.0, 0.0)
 
 
 def as_key(key: Any) -> PRNGKey:

@@ -262,10 +262,24 @@ MUTATIONS = (
     ),
     Mutation(
         "evidence with the log Z of the prior added",
-        "evidence.py",
-        'means["data"] - means["prior"]',
-        'means["data"] + means["prior"]',
+        "typing.py",
+        "return whole - prior, math.hypot",
+        "return whole + prior, math.hypot",
         ("logz/test_fitted.py::test_evidence_of_models_with_prior_energies[three_roles]",),
+    ),
+    Mutation(
+        "runs that continue an estimate with the keys of its first ones",
+        "evidence.py",
+        "range(num_before, num_before + num_runs)",
+        "range(num_runs)",
+        ("test_evidence.py::test_error_of_an_estimate_that_was_continued[eight_schools]",),
+    ),
+    Mutation(
+        "one key for all batches of SMC that continue an estimate",
+        "evidence.py",
+        "jax.random.fold_in(key, num_before) if num_before else key",
+        "key",
+        ("test_evidence.py::test_no_run_is_made_twice[normal_mean-method1]",),
     ),
     Mutation(
         "annealed moves at the temperature before",
@@ -429,6 +443,13 @@ MUTATIONS = (
         "sequential.py",
         "self.influence = self.influence + np.asarray(cloud.influence, float)",
         "self.influence = np.asarray(cloud.influence, float)",
+        ("test_sequential.py::test_conjugate_model_at_every_observation",),
+    ),
+    Mutation(
+        "increments along the data taken for independent",
+        "sequential.py",
+        "changes @ changes.swapaxes(1, 2)",
+        "changes @ changes.swapaxes(1, 2) * np.eye(num_times)",
         ("test_sequential.py::test_conjugate_model_at_every_observation",),
     ),
     Mutation(

@@ -17,6 +17,7 @@ from scipy.special import expit
 
 import ebm_ppl
 from ebm_ppl.arviz import data_id, to_datatree
+from ebm_ppl.stages import final_values
 from ebm_ppl.typing import Draws, LogZ
 
 Y = jnp.array([0.3, -1.2, 0.8])
@@ -141,6 +142,17 @@ def test_increments_add_up_to_log_z_by_role(particles):
         total = path["log_z_increment"].where(path["role"] == code).sum("stage")
         np.testing.assert_allclose(total, log_z[f"{phase}_value"], rtol=1e-10)
         assert np.all(path["beta"].where(path["role"] == code).max("stage") == 1.0)
+
+
+def test_log_z_is_known_at_every_stage(particles):
+    path, log_z = particles["smc"].to_dataset(), particles["log_z"]
+    for at_the_end, of_run in (
+        ("log_z", "data_value"),
+        ("log_z_std_error", "data_std_error"),
+        ("total_evaluations", "num_evaluations"),
+    ):
+        np.testing.assert_allclose(final_values(path[at_the_end].values), log_z[of_run], rtol=1e-6)
+    assert np.all(path["total_evaluations"].diff("stage").fillna(1) > 0)
 
 
 def test_read_log_z(particles, target):

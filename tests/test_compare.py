@@ -86,6 +86,7 @@ def test_doubts_are_carried_along():
 
 def result_of_smc(value, data_id="data"):
     runs = {"data_value": ("chain", [value, value]), "data_std_error": ("chain", [0.1, 0.1])}
+    runs |= {name: ("chain", [0.0, 0.0]) for name in ("num_evaluations", "num_nan")}
     tree = xr.DataTree.from_dict({"/log_z": xr.Dataset(runs)})
     tree.attrs["data_id"] = data_id
     return tree

@@ -7,6 +7,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import scipy.stats as st
+import xarray as xr
 from cases import made
 from limits import chi2_limits, t_limit
 from problems import NORMAL_Y, PROBLEMS
@@ -55,11 +56,33 @@ def test_conjugate_model_at_every_observation():
     assert whole.data_id == ebm.log_z(jax.random.key(2), target, ebm.SMC(num_particles=20)).data_id
     np.testing.assert_array_equal(group["num_observations"], 1)
     np.testing.assert_array_equal(tree["smc"]["beta"], 1.0)  # a stage for each phase
+    check_ranges(tree, np.array(exact))
     # The particles end at the posterior.
     means = tree["posterior"]["mu"].values.mean(1)
     problem = PROBLEMS["normal_mean"]
     error = means.std(ddof=1) / np.sqrt(NUM_RUNS)
     assert abs(means.mean() - problem.means["mu"]) < t_limit(FAMILY, NUM_RUNS - 1) * error
+
+
+def check_ranges(tree, exact):
+    """Of one observation, from the first on, and in the middle; a range has the errors of neither of its ends."""
+    group = tree["sequential"].to_dataset()
+    names = ("log_evidence", "log_evidence_se"), ("elpd", "elpd_se")
+    found = ebm.evidence_between(tree, stop=3)
+    assert (found.value, found.std_error) == pytest.approx([group[name].values[3] for name in names[0]])
+    found = ebm.evidence_between(tree, 2, 2)
+    assert (found.value, found.std_error) == pytest.approx([group[name].values[2] for name in names[1]])
+    runs = [group.isel(chain=[run]) for run in range(NUM_RUNS)]
+    scores = []
+    for run in runs:
+        one = tree.copy()
+        one["sequential"] = xr.DataTree(run.assign(elpd=run["run_elpd"][0]))
+        part = ebm.evidence_between(one, 2, len(exact) - 2)
+        scores.append((part.value - (exact[-2] - exact[1])) / part.std_error)
+    low, high = chi2_limits(1, NUM_RUNS)
+    assert low < np.sum(np.square(scores)) < high
+    with pytest.raises(ebm.EnergyError, match="no observation from time 99"):
+        ebm.evidence_between(tree, 99)
 
 
 def everything(y, other):

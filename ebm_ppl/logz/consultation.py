@@ -22,7 +22,7 @@ import math
 import jax
 
 from ebm_ppl.logz.fitted import IMPORTANCE, FittedReference
-from ebm_ppl.logz.integral import CONTRADICTION, Integral, opinion_of
+from ebm_ppl.logz.integral import CONTRADICTION, Integral, imprecise, opinion_of
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.rebase import Joint
 from ebm_ppl.smc import SMC, lagging, run
@@ -76,11 +76,10 @@ class Consultation:
             raise
         except EnergyError as error:
             doubt = f"There is no second opinion to settle the doubts about the first: {error}"
-            return dataclasses.replace(first, story=story, doubts=(*first.doubts, doubt))
+            told = f"no second opinion (what it took until it failed, if anything, is not counted: {error})"
+            return dataclasses.replace(first, story=(*story, told), doubts=(*first.doubts, doubt))
         answer, why = _answer(first, second)
-        if not answer.doubts and answer.std_error > self.tol:
-            doubt = f"The standard error is {answer.std_error:.3f}, where {self.tol:g} was wanted: raise budget."
-            answer = dataclasses.replace(answer, doubts=(doubt,))
+        answer = dataclasses.replace(answer, doubts=answer.doubts or imprecise(answer.std_error, self.tol))
         return dataclasses.replace(
             answer,
             num_evaluations=first.num_evaluations + second.num_evaluations,
@@ -102,7 +101,13 @@ class Consultation:
         larger = min((second.std_error / self.tol) ** 2 * MARGIN, MOST_LARGER)
         if second.doubts or second.std_error <= self.tol or not second.num_evaluations * (1 + larger) <= budget:
             return second
-        again = ask(key_again, target, larger)
+        try:
+            again = ask(key_again, target, larger)
+        except NonFiniteEnergyError:
+            raise
+        except EnergyError as error:
+            told = f"{larger:.1f} times larger for the error wanted it failed, at a cost that is not counted: {error}"
+            return dataclasses.replace(second, story=(*second.story, told))
         return dataclasses.replace(
             again,
             num_evaluations=second.num_evaluations + again.num_evaluations,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -32,6 +33,7 @@ from ebm_ppl.typing import (
     EnergyWarning,
     NonFiniteEnergyError,
     PRNGKey,
+    error_of_mean,
     log_mean,
 )
 
@@ -43,6 +45,8 @@ FEW = 100
 """Effective draws below which the error bar has no meaning either."""
 CONTRADICTION = 4.0
 """Standard errors between two opinions that make one of them wrong."""
+IMPRECISE = "The standard error is "
+"""How the one doubt begins that more runs settle."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +145,6 @@ def relative_error(x: np.ndarray) -> float:
     return float(np.std(x, ddof=1) / np.mean(x) / math.sqrt(len(x)))
 
 
-def error_of_mean(values: np.ndarray, errors: np.ndarray) -> float:
-    """Standard error of a mean of independent runs: from their own errors or from their spread, whichever is larger."""
-    num = len(values)
-    spread = float(np.std(values, ddof=1)) if num > 1 else 0.0
-    return max(math.sqrt(float(np.mean(errors**2))), spread) / math.sqrt(num)
-
-
 class Opinion(NamedTuple):
     """What runs of SMC say of log Z of all energies."""
 
@@ -184,6 +181,22 @@ def warn_of(num_nan: int, doubts: Iterable[str], stacklevel: int) -> None:
         warnings.warn(message, EnergyWarning, stacklevel=stacklevel)
     for doubt in doubts:
         warnings.warn(doubt, EnergyWarning, stacklevel=stacklevel)
+
+
+def imprecise(std_error: float, tol: float, remedy: str = "raise budget.") -> tuple[str, ...]:
+    """The doubt about an error above the one wanted, where it is known and above."""
+    if not std_error > tol:
+        return ()
+    return (f"{IMPRECISE}{std_error:.3f}, where {tol:g} was wanted: {remedy}",)
+
+
+def other_doubts(doubts: Iterable[str]) -> tuple[str, ...]:
+    """Doubts that more runs do not settle; of those that differ in their numbers alone, the first."""
+    kinds: dict[str, str] = {}
+    for doubt in doubts:
+        if not doubt.startswith(IMPRECISE):
+            kinds.setdefault(re.sub(r"\d", "", doubt), doubt)
+    return tuple(kinds.values())
 
 
 def effective_size(values: np.ndarray) -> float:

@@ -66,6 +66,7 @@ def run(
     num_rungs: int | None,
     num_rounds: int,
     num_draws: int,
+    progress_bar: bool = False,
 ) -> Run:
     """Rounds of tuning, the first of `num_draws / 2**num_rounds` moves, and one of `num_draws` with all fixed.
 
@@ -76,22 +77,27 @@ def run(
         NonFiniteEnergyError: for an energy of -inf.
         DegenerateParticlesError: where no draw of the reference has any mass.
     """
+    from tqdm.auto import tqdm
+
     ladder, replicas, num_evaluations, num_nan = _start(key, target, sampler, num_replicas, num_rungs or FIRST_RUNGS)
     lengths = [num_draws >> halvings for halvings in range(num_rounds, -1, -1)]
     barriers, first = [], 0
-    for number, length in enumerate(lengths):
-        tuning_goes_on = number < num_rounds
-        replicas, record = make_round(replicas, target, sampler, ladder, first, length, tuning_goes_on)
-        check_energies(record.energy, f"round {number + 1} of parallel tempering")
-        num_evaluations += float(np.sum(record.num_evaluations))
-        num_nan += int(np.sum(record.num_nan))
-        steps = steps_of_barrier(np.asarray(ladder.beta, float), record.energy)
-        barriers.append(float(np.sum(steps)))
-        if tuning_goes_on:
-            is_last = number == num_rounds - 1
-            learned = _learned(replicas, sampler, ladder, record, room=lengths[-2], is_last=is_last)
-            replicas, ladder = _climbed(replicas, ladder, learned, steps, num_rungs)
-        first += length
+    with tqdm(total=sum(lengths), desc="parallel tempering", disable=not progress_bar) as bar:
+        for number, length in enumerate(lengths):
+            tuning_goes_on = number < num_rounds
+            replicas, record = make_round(replicas, target, sampler, ladder, first, length, tuning_goes_on)
+            check_energies(record.energy, f"round {number + 1} of parallel tempering")
+            num_evaluations += float(np.sum(record.num_evaluations))
+            num_nan += int(np.sum(record.num_nan))
+            steps = steps_of_barrier(np.asarray(ladder.beta, float), record.energy)
+            barriers.append(float(np.sum(steps)))
+            if tuning_goes_on:
+                is_last = number == num_rounds - 1
+                learned = _learned(replicas, sampler, ladder, record, room=lengths[-2], is_last=is_last)
+                replicas, ladder = _climbed(replicas, ladder, learned, steps, num_rungs)
+            first += length
+            bar.update(length)
+            bar.set_postfix_str(f"barrier {barriers[-1]:.1f}")
     energy = np.where(np.isnan(record.energy), np.inf, record.energy).astype(float)
     return Run(
         beta=np.asarray(ladder.beta, float),

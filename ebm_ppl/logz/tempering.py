@@ -143,13 +143,16 @@ def estimate(rungs: Rungs) -> tuple[float, float]:
     return float(log_z[-1]), error_of(of_replicas)
 
 
-def draw(key: PRNGKey, target: Target, method: ParallelTempering) -> Draws:
-    """Draws of the posterior from the last rung, replicas as chains, with warnings of what speaks against them."""
+def draw(key: PRNGKey, target: Target, method: ParallelTempering, *, progress_bar: bool = False) -> Draws:
+    """Draws of the posterior from the last rung, replicas as chains, with warnings of what speaks against them.
+
+    Where the model has an evidence, `log_z` has what the run says of it: one value for all replicas.
+    """
     target.require_tractable()
     target.require_reference()
-    run = _run(key, target, method)
-    passage, last = _passage(run), run.last
-    warn_of(run.num_nan, _doubts(passage, method), stacklevel=4)
+    run = _run(key, target, method, progress_bar)
+    passage, last, doubts = _passage(run), run.last, _doubts(_passage(run), method)
+    warn_of(run.num_nan, doubts, stacklevel=4)
     attrs = {
         "inference_library": "ebm_ppl",
         "sampler": method.name,
@@ -162,6 +165,7 @@ def draw(key: PRNGKey, target: Target, method: ParallelTempering) -> Draws:
         "round_trips": sum(passage.round_trips),
         "round_trip_rate": passage.round_trip_rate,
         "largest_rhat": passage.largest_rhat,
+        "doubts": "\n".join(doubts),
     }
     ladder = {
         "beta": run.beta,
@@ -172,10 +176,22 @@ def draw(key: PRNGKey, target: Target, method: ParallelTempering) -> Draws:
     }
     z: Any = last.z[:, :, -1]
     stats: Any = last.stats
-    return Draws(z, stats, attrs, tempering=ladder)
+    return Draws(z, stats, attrs, log_z=_log_z(run, target), tempering=ladder)
 
 
-def _run(key: PRNGKey, target: Tilted, method: ParallelTempering) -> Run:
+def _log_z(run: Run, target: Target) -> dict[str, np.ndarray] | None:
+    """What a run says of all energies, under the names of `LogZ.runs`: of the whole, where the prior has its own."""
+    if target.spec.unknown_constant or target.spec.ignored:
+        return None
+    value, std_error = estimate(Rungs(run.beta, np.moveaxis(run.last.energy, 2, 0)))
+    phases = [phase for phase, _ in target.phases()]
+    name = "whole" if len(phases) > 1 else "prior" if phases == ["prior"] else "data"
+    found = {f"{name}_value": value, f"{name}_std_error": std_error}
+    found |= {"num_evaluations": run.num_evaluations, "num_nan": run.num_nan}
+    return {name: np.array([number], float) for name, number in found.items()}
+
+
+def _run(key: PRNGKey, target: Tilted, method: ParallelTempering, progress_bar: bool = False) -> Run:
     return rounds.run(
         key,
         target,
@@ -184,6 +200,7 @@ def _run(key: PRNGKey, target: Tilted, method: ParallelTempering) -> Run:
         num_rungs=method.num_rungs,
         num_rounds=method.num_rounds,
         num_draws=method.num_draws,
+        progress_bar=progress_bar,
     )
 
 

@@ -59,7 +59,7 @@ def test_evidence_of_a_model_with_a_prior_energy():
     assert abs(found.value - problem.log_z) < LIMIT * found.std_error and found.std_error < 0.02
     assert found.parts["prior"] == pytest.approx(problem.log_z_prior, abs=LIMIT * 0.02)
     assert (
-        found.method == "bridge sampling" and not found.doubts and found.story[0].startswith("prior, run 1: 4 chains")
+        found.method == "bridge sampling" and not found.doubts and found.story[0].startswith("run 1: prior: 4 chains")
     )
 
 

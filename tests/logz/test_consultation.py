@@ -90,6 +90,20 @@ def test_a_second_opinion_that_fails_leaves_the_doubts(monkeypatch):
     monkeypatch.setattr(ebm.Consultation, "_by_nested", fails)
     found = ebm.Consultation().integrate(jax.random.key(0), PROBLEMS["regression"].target())
     assert found.value == -5.0 and found.doubts[0] == "heavy tails" and "flat" in found.doubts[1]
+    assert "not counted: flat" in found.story[-1]
+
+
+def test_a_larger_second_opinion_that_fails_leaves_the_smaller(monkeypatch):
+    def by_nested(self, key, target, larger):
+        if larger > 1:
+            raise ebm.EnergyError("flat")
+        return opinion(-3.0, 0.1)
+
+    monkeypatch.setattr(ebm.FittedReference, "integrate", lambda self, key, target: opinion(-5.0, 0.01, "heavy tails"))
+    monkeypatch.setattr(ebm.Consultation, "_by_nested", by_nested)
+    found = ebm.Consultation().integrate(jax.random.key(0), PROBLEMS["regression"].target())
+    assert (found.value, found.std_error, found.num_evaluations) == (-3.0, 0.1, 200)
+    assert "not counted: flat" in found.story[-2] and "where 0.05 was wanted" in found.doubts[0]
 
 
 def test_infinite_density_met_by_the_second_opinion_is_an_error(monkeypatch):
@@ -139,8 +153,3 @@ def test_many_coordinates_get_a_second_opinion_by_tempering():
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(ebm.EnergyError, match=next(iter(settings))):
         ebm.Consultation(**settings)
-
-
-def test_tol_is_of_the_default_alone():
-    with pytest.raises(ebm.EnergyError, match="tol and budget"):
-        ebm.log_z(jax.random.key(0), PROBLEMS["regression"].target(), ebm.SMC(), tol=0.1)

@@ -55,7 +55,7 @@ def test_evidence_of_models_with_prior_energies(name):
     assert found.method == "fitted reference" and not found.doubts
     assert found.replicates.shape == (2,) and found.diagnostics["num_evaluations"] > 4 * 1024
     if len(found.parts) == 2:
-        assert found.story[0].startswith("prior, run 1: pilot") and found.story[-1].startswith("data, run 2: ")
+        assert found.story[0].startswith("run 1: prior: pilot") and found.story[-1].startswith("run 2: data: ")
         assert found.parts["data"] == found.value
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cache
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import ebm_ppl as ebm
 from ebm_ppl.logz.ladder import Rungs
 from ebm_ppl.logz.replicas import _swapped, rejections, round_trips
 from ebm_ppl.logz.rounds import spread_out, steps_of_barrier
-from ebm_ppl.logz.tempering import estimate
+from ebm_ppl.logz.tempering import _log_z, estimate
 
 REPLICAS = 16
 SMALL = ebm.ParallelTempering(num_replicas=REPLICAS, num_draws=200, num_rounds=5, num_rungs=9)
@@ -84,9 +85,10 @@ def test_weights_of_modes_between_which_plain_chains_do_not_pass():
     assert data.attrs["round_trips"] > 100
 
 
-def test_group_of_the_ladder(tmp_path):
+def test_group_of_the_ladder(tmp_path, capsys):
     target = PROBLEMS["regression"].target()
     data = ebm.sample(KEY, target, SMALL, num_chains=REPLICAS)
+    assert "parallel tempering: 100%" in capsys.readouterr().err
     data.to_netcdf(tmp_path / "draws.nc")
     data = xr.load_datatree(tmp_path / "draws.nc")
     assert data["posterior"].sizes["chain"] == REPLICAS and data["posterior"].sizes["draw"] == 200
@@ -97,6 +99,22 @@ def test_group_of_the_ladder(tmp_path):
     assert np.all(np.diff(ladder["mean_energy"]) < 0) and np.all(ladder["accept_rate"].values[1:] > 0.5)
     assert data.attrs["sampler"] == "parallel tempering" and data.attrs["num_nan_energy"] == 0
     assert {"lp", "acceptance_rate", "diverging", "n_steps"} <= set(data["sample_stats"].data_vars)
+
+    # The run that was drawn from says of log Z what an estimate says, and is one.
+    found, alone = ebm.read_log_z(data), SMALL.integrate(KEY, target)
+    assert (found.value, found.std_error) == (alone.value, alone.std_error) and found.method == SMALL.name
+    assert found.diagnostics["num_evaluations"] == alone.num_evaluations and not found.doubts
+
+
+def test_log_z_of_all_energies_is_no_evidence():
+    """Where prior energies have a log Z of their own, which one run does not know."""
+    target = PROBLEMS["three_roles"].target()
+    energy = exact_energies(400).reshape(REPLICAS, -1, len(BETA))
+    run = SimpleNamespace(beta=BETA, last=SimpleNamespace(energy=energy), num_evaluations=1.0, num_nan=0)
+    runs = _log_z(run, target)
+    tree = xr.DataTree.from_dict({"log_z": xr.Dataset({name: ("chain", each) for name, each in runs.items()})})
+    with pytest.raises(ebm.EnergyError, match="less log Z of the prior"):
+        ebm.read_log_z(tree)
 
 
 # Mass
