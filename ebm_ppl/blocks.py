@@ -95,6 +95,10 @@ class Arriving(eqx.Module):
     stop: Position
     axes: Axes = eqx.field(static=True)
 
+    @property
+    def site_numbers(self) -> np.ndarray:
+        return self.target.site_numbers
+
     def staged_terms(self, z: Array) -> tuple[Array, Array]:
         """`(log pi_0(z), (U_prior(z) and what is in, what comes in))`."""
         log_reference, prior, each = self.terms(z)

@@ -4,7 +4,8 @@
     rho_j         correlation over the cloud of coordinate j with itself before the moves
     enough        max_j |rho_j| <= `DECORRELATED`, or a round no longer lowers it
 
-The step size is learned on the way, from the acceptance of the whole cloud; the metric is given (`smc.py` says which).
+The step size is learned on the way, from the acceptance of the whole cloud; the metric, and coordinates that it is a
+metric of, are given (`smc.py` says which).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ebm_ppl.centring import Centring
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Tuning
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.sharding import Layout
@@ -49,11 +51,11 @@ def move(
     sampler: HMC | MALA | MCLMC,
     num_moves: int,
     step_size: Array,
-    scales: DenseScale,
+    coordinates: tuple[DenseScale, Centring | None],
     layout: Layout,
     chain_length: int = 1,
 ) -> tuple[Moved, Array]:
-    """Moves all particles, of shape (2, N/2, dim), by the scale of their half, and collects where they have been.
+    """Moves all particles, of shape (2, N/2, dim), in the coordinates of their half, and collects where they have been.
 
     With a `chain_length` of more than 1 each particle is the first state of a chain that is so long, a round of moves
     from one state to the next, and all of them are collected, (2, N/2, chain_length, dim). Otherwise only the last.
@@ -80,17 +82,17 @@ def move(
 
     def once(_: Array, moved: Moved) -> Moved:
         key_length, key_step, key_jitter = jax.random.split(jax.random.fold_in(key, moved.moves), 3)
-        num_steps = kernel.length(key_length, Tuning(moved.step_size, scales), dim)
+        num_steps = kernel.length(key_length, Tuning(moved.step_size, *coordinates), dim)
         shorter = jnp.exp(-jax.random.uniform(key_jitter, z.shape[:2], z.dtype))
 
-        def of_half(states: Any, keys: PRNGKey, factors: Array, scale: DenseScale) -> tuple[Any, dict[str, Array]]:
+        def of_half(states: Any, keys: PRNGKey, factors: Array, own: Any) -> tuple[Any, dict[str, Array]]:
             def step(state: Any, key: PRNGKey, factor: Array) -> tuple[Any, dict[str, Array]]:
-                return kernel.step(key, state, log_density, Tuning(moved.step_size * factor, scale), num_steps)
+                return kernel.step(key, state, log_density, Tuning(moved.step_size * factor, *own), num_steps)
 
             return layout.renewing(step)(states, keys, factors)
 
         keys = jax.random.split(key_step, z.shape[:2])
-        states, stats = jax.vmap(of_half)(moved.states, keys, shorter, scales)
+        states, stats = jax.vmap(of_half)(moved.states, keys, shorter, coordinates)
         accepted = jnp.mean(stats["acceptance_rate"])
         return moved._replace(
             states=states,

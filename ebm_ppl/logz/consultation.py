@@ -1,7 +1,8 @@
 """log Z as an expert would find it: one opinion, and a second of another family where the first is not clean.
 
     first       a fitted reference, whose pilot run of SMC must agree with it (`fitted.py`)
-    clean       by weights that behave, no doubts, and a standard error of at most `tol`: that is the answer
+    clean       by weights that behave, or by a short path from a reference that fits but for its far tail; no doubts, and
+                a standard error of at most `tol`: that is the answer
     second      in up to `MOST_COORDINATES` dimensions nested sampling, which needs no path of temperatures and no
                 gradients, and a reference fitted to its points; beyond, a large run of SMC from the model's own
                 reference. Where the error is above `tol` it runs again, as much larger as that wants, if the budget
@@ -21,9 +22,10 @@ import math
 
 import jax
 
-from ebm_ppl.logz.fitted import IMPORTANCE, FittedReference
+from ebm_ppl.logz.fitted import IMPORTANCE, SHORT_PATH, FittedReference
 from ebm_ppl.logz.integral import CONTRADICTION, Integral, imprecise, opinion_of
 from ebm_ppl.logz.nested import NestedSampling
+from ebm_ppl.logz.search import GOOD_ENOUGH
 from ebm_ppl.rebase import Joint
 from ebm_ppl.smc import SMC, lagging, run
 from ebm_ppl.target import Tilted
@@ -136,8 +138,12 @@ class Consultation:
 
 
 def _doubted(first: Integral) -> Integral:
-    """A fitted reference that does not fit leaves the answer to SMC, whose error bar cannot know what it never met."""
-    if first.diagnostics.get("branch") == IMPORTANCE:
+    """A fitted reference that does not fit leaves the answer to SMC, whose error bar cannot know what it never met.
+
+    Where it fits but for its far tail, the short path from it is as good as weights.
+    """
+    branch, fit = first.diagnostics.get("branch"), first.diagnostics.get("fit", 0.0)
+    if branch == IMPORTANCE or (branch == SHORT_PATH and fit >= GOOD_ENOUGH):
         return first
     doubt = "The fitted reference does not fit: the weights of its draws have heavy tails."
     return dataclasses.replace(first, doubts=(doubt, *first.doubts))

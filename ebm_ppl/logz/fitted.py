@@ -39,6 +39,8 @@ from ebm_ppl.typing import EnergyError, PRNGKey
 
 IMPORTANCE = "importance sampling"
 """The branch of weights that behave."""
+SHORT_PATH = "SMC from the fitted reference"
+"""The branch of weights that are heavy in their far tail only, or everywhere."""
 CLOUD = 2000
 """Points that are fitted of a pilot of nested sampling."""
 FAIR_SHARE = 0.1
@@ -102,7 +104,9 @@ class FittedReference:
             f"{final.num} fresh draws, {final.effective_share:.0%} effective, Pareto k {final.pareto_k:.2f}: "
             f"log Z {final.value:.3f} ± {final.std_error:.3f}"
         )
-        estimate, branch, more = self._estimate(key_path, target, pilot, found.reference, final)
+        share = max(found.seen.effective_share, final.effective_share)
+        near = found.reference if share >= SMALL_SHARE else None
+        estimate, branch, more = self._estimate(key_path, target, pilot, near, final)
         if branch != IMPORTANCE:
             story.append(f"heavy tails, so {branch}: log Z {estimate}")
         return Integral(
@@ -116,21 +120,21 @@ class FittedReference:
                 "branch": branch,
                 "pareto_k": final.pareto_k,
                 "effective_share": final.effective_share,
+                "fit": found.seen.effective_share,
                 "pilot": opinion.value,
             },
         )
 
     def _estimate(
-        self, key: PRNGKey, target: Tilted, pilot: Pilot, reference: Rebased, final: Weighed
+        self, key: PRNGKey, target: Tilted, pilot: Pilot, near: Rebased | None, final: Weighed
     ) -> tuple[Opinion, str, float]:
         """The answer, the branch that it comes from, and the evaluations that it took beyond the draws."""
         if _can_be_trusted(final):
             return Opinion(final.value, final.std_error, 0.0, 0.0, 0), IMPORTANCE, 0.0
         if isinstance(self.pilot, NestedSampling):
             return pilot.opinion, "the pilot", 0.0
-        near = final.effective_share >= SMALL_SHARE
-        found = opinion_of(smc.run(key, reference if near else target, self.fallback, progress_bar=False))
-        return found, f"SMC from the {'fitted' if near else 'own'} reference", found.num_evaluations
+        found = opinion_of(smc.run(key, near or target, self.fallback, progress_bar=False))
+        return found, SHORT_PATH if near else "SMC from the own reference", found.num_evaluations
 
 
 def _can_be_trusted(final: Weighed) -> bool:
@@ -174,7 +178,9 @@ def _doubts(estimate: Opinion, branch: str, pilot: Pilot, final: Weighed) -> lis
     by_path = branch != IMPORTANCE
     doubts = list(pilot.doubts) if by_path else []
     opinion = pilot.opinion
-    others = {"the pilot": (opinion.value, opinion.std_error), "the fitted reference": (final.value, final.std_error)}
+    others = {"the fitted reference": (final.value, final.std_error)}
+    if opinion.drift <= UNSETTLED:  # what lags behind is low, and says nothing of what has caught up
+        others["the pilot"] = opinion.value, opinion.std_error
     for name, (value, std_error) in others.items():
         gap = (value - estimate.value) / max(math.hypot(std_error, estimate.std_error), 1e-30)
         # Weights that behave cannot make up mass, and others miss some: that they differ so is no contradiction.
@@ -183,7 +189,7 @@ def _doubts(estimate: Opinion, branch: str, pilot: Pilot, final: Weighed) -> lis
                 f"The log Z of {name} ({value:.2f} ± {std_error:.2f}) contradicts the estimate ({estimate.value:.2f} ± "
                 f"{estimate.std_error:.2f}): one of them is wrong, and the error bar does not say by how much. {REMEDY}"
             )
-    if by_path and max(opinion.drift, estimate.drift) > UNSETTLED:
+    if by_path and estimate.drift > UNSETTLED:
         doubts.append(
             "The weights of the fitted reference have heavy tails, and the particles of SMC lag behind their targets: "
             f"log Z may be off by far more than the stated error. {REMEDY}"
