@@ -1,8 +1,8 @@
 """log Z as an expert would find it: one opinion, and a second of another family where the first is not clean.
 
     first       a fitted reference, whose pilot run of SMC must agree with it (`fitted.py`)
-    clean       by weights that behave, or by a short path from a reference that fits but for its far tail; no doubts, and
-                a standard error of at most `tol`: that is the answer
+    clean       by weights that behave, or by a short path from a reference that fits but for its far tail; with no
+                doubts, and a standard error of at most `tol`: that is the answer
     second      in up to `MOST_COORDINATES` dimensions nested sampling, which needs no path of temperatures and no
                 gradients, and a reference fitted to its points; beyond, a large run of SMC from the model's own
                 reference. Where the error is above `tol` it runs again, as much larger as that wants, if the budget
