@@ -26,7 +26,7 @@ from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning, hmc_state
 from ebm_ppl.sharding import Mesh
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, NonFiniteEnergyError, PRNGKey
-from ebm_ppl.warmup import Warmup, WarmupState, pooled, window_warmup, windows
+from ebm_ppl.warmup import WarmupState, end_stretch, halves, learn, unlearned, warmup_of, windows
 
 Sampler = NUTS | HMC | MALA | MCLMC
 START_TRIES = 100
@@ -130,10 +130,6 @@ def _kernel(sampler: Sampler) -> Kernel:
     return kernels.unadjusted_mclmc() if _is_unadjusted(sampler) else sampler.kernel()
 
 
-def _warmup(sampler: Sampler, dim: int) -> Warmup:
-    return window_warmup(sampler.target_accept, sampler.metric, dim)
-
-
 def _warm_up(
     target: Target, sampler: Sampler, state: ChainState, learned: WarmupState, num_warmup: int, bar: Any
 ) -> tuple[ChainState, int]:
@@ -147,13 +143,13 @@ def _warm_up(
             records.append((record["z"], record["gradient"], np.array(count)))
         if is_window:
             if centring is not None:
-                halves = _halves([z[:, :count] for z, _, count in records])
-                centring = learn_centring(*halves, target.site_numbers)
+                draws = halves([z[:, :count] for z, _, count in records])
+                centring = learn_centring(*draws, target.site_numbers)
             for record in records:
-                learned = parallel.once(_add, sampler, learned, centring, *record)
+                learned = parallel.once(learn, sampler, learned, centring, *record)
         adaptations = [part.adaptation for part in state.parts]
         closing = sampler, learned, centring, adaptations, target.dim, is_window
-        learned, tuning, restarted = parallel.once(_close, *closing)
+        learned, tuning, restarted = parallel.once(end_stretch, *closing)
         parts = [part._replace(adaptation=new) for part, new in zip(state.parts, restarted, strict=True)]
         state = state._replace(parts=parts, tuning=tuning)
     return state, evaluations
@@ -168,53 +164,6 @@ def _non_centred(target: Target, centring: Centring | None) -> str:
     pairs = dict.fromkeys(zip(numbers[driven], numbers[driver[driven]], strict=True))
     names = target.latent_names
     return ", ".join(f"{names[site]} by {names[of]}" for site, of in pairs)
-
-
-def _halves(pieces: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The draws of one half of the chains and of the other (of a single chain's halves), each (num, dim)."""
-    z = np.concatenate(pieces, axis=1)
-    first, second = np.array_split(z, 2, axis=0 if len(z) > 1 else 1)
-    return first.reshape(-1, z.shape[-1]), second.reshape(-1, z.shape[-1])
-
-
-def _add(
-    sampler: Sampler,
-    learned: WarmupState,
-    centring: Centring | None,
-    positions: Array,
-    gradients: Array,
-    count: Array,
-) -> WarmupState:
-    """The metric learns from `count` steps of all chains, in the coordinates of a centring."""
-    add = _warmup(sampler, positions.shape[-1]).add
-
-    def coordinates(z: Array, gradient: Array) -> tuple[Array, Array]:
-        if centring is None:
-            return z, gradient
-        u, _ = centring.coordinates(z)
-        return u, centring.pull(u, gradient)
-
-    def add_one(i: Array, metric: Any) -> Any:
-        return add(metric, *jax.vmap(coordinates)(positions[:, i], gradients[:, i]))
-
-    return learned._replace(metric=jax.lax.fori_loop(0, count, add_one, learned.metric))
-
-
-def _close(
-    sampler: Sampler,
-    learned: WarmupState,
-    centring: Centring | None,
-    adaptations: list[Any],
-    dim: int,
-    is_window: bool,
-) -> tuple[WarmupState, Tuning, list[Any]]:
-    """What the chains know together, and their step size adaptation for the next stretch."""
-    warmup = _warmup(sampler, dim)
-    learned = learned._replace(step_size=pooled(adaptations))
-    if is_window:
-        learned = warmup.close(learned)
-        adaptations = [jax.tree.map(lambda new, old: new + 0 * old, learned.step_size, old) for old in adaptations]
-    return learned, warmup.tuning(learned)._replace(centring=centring), adaptations
 
 
 def _steps(
@@ -250,7 +199,7 @@ def _advance(
     first, count = limits
     shared_key = jax.random.fold_in(run_key, SHARED)
     log_density = jax.jit(lambda z: target.log_density(z))  # traced once, however often a kernel calls it
-    kernel, adapt = _kernel(sampler), None if _is_unadjusted(sampler) else _warmup(sampler, target.dim).adapt
+    kernel, adapt = _kernel(sampler), None if _is_unadjusted(sampler) else warmup_of(sampler, target.dim).adapt
 
     @jax.jit  # so that it is traced once, for its shapes and for the loop
     def step(chain: Chain, number: Array) -> tuple[Chain, dict[str, Array]]:
@@ -296,7 +245,7 @@ def _start(
     elif init != "uniform":
         raise EnergyError(f"init is 'uniform', 'reference' or a dictionary of values by site; got {init!r}.")
     members = parallel.split((np.arange(num_chains), np.zeros(num_chains, int)), most=_most_parts(mesh))
-    learned, tuning = parallel.once(_unlearned, sampler, target.dim)
+    learned, tuning = parallel.once(unlearned, sampler, target.dim)
     beginning = key, target, start, learned.step_size
     chains, _ = parallel.prepare_over(_chain_at, members[0], *beginning, hurry=True, mesh=mesh).shapes
     tune = target, max(num_warmup, 60)
@@ -335,17 +284,9 @@ def _prepare_steps(target: Target, sampler: Sampler, state: ChainState, learned:
     record = jax.ShapeDtypeStruct((len(state.parts) * len(position), _capacity(target.dim), target.dim), position.dtype)
     for is_window in dict.fromkeys(kinds):
         if is_window:
-            parallel.prepare_once(_add, sampler, learned, state.tuning.centring, record, record, count)
+            parallel.prepare_once(learn, sampler, learned, state.tuning.centring, record, record, count)
         adaptations = [part.adaptation for part in state.parts]
-        parallel.prepare_once(_close, sampler, learned, state.tuning.centring, adaptations, target.dim, is_window)
-
-
-def _unlearned(sampler: Sampler, dim: int) -> tuple[WarmupState, Tuning]:
-    """What is known before the warm-up."""
-    warmup = _warmup(sampler, dim)
-    learned = warmup.init(dim)
-    centring = Centring.identity(dim) if sampler.metric == "auto" else None
-    return learned, warmup.tuning(learned)._replace(centring=centring)
+        parallel.prepare_once(end_stretch, sampler, learned, state.tuning.centring, adaptations, target.dim, is_window)
 
 
 def _finite_chains(

@@ -2,6 +2,7 @@
 
     step size   dual averaging on each chain, averaged over the chains at the end of each stretch
     metric      inverse mass matrix `L L'` from all draws of a window; windows double in length, as Stan's do
+    centring    where a sampler's metric is "auto", the coordinates that it is a metric of, from the same draws
 
 With four chains a window carries four times the information, and trajectories of the chains agree better in length.
 A dense metric is trusted only as far as two halves of the chains agree on it: its correlations R are shrunk to
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from blackjax.adaptation.metric_recipes import lookup_recipe
 from blackjax.adaptation.staged_adaptation import build_schedule
 from blackjax.adaptation.step_size import dual_averaging_adaptation
 
+from ebm_ppl.centring import Centring
 from ebm_ppl.kernels import Metric, Tuning
 from ebm_ppl.scale import DenseScale, DiagonalScale, LowRankScale, Scale
 from ebm_ppl.typing import Array
@@ -41,6 +43,16 @@ DAMPING, DAMPING_DELAY = 0.1, 20
 """Twice Stan's. A step size that swings wide is too small on average, and a mean over chains keeps that bias."""
 KEEP = (0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
 """Candidates for the share of the correlations that a dense metric keeps."""
+
+
+class Tuned(Protocol):
+    """Settings of a sampler that has a warm-up."""
+
+    @property
+    def target_accept(self) -> float: ...
+
+    @property
+    def metric(self) -> Metric: ...
 
 
 class Warmup(NamedTuple):
@@ -118,6 +130,66 @@ def pooled(step_sizes: list[Any]) -> Any:
         return jnp.mean(jnp.concatenate(parts), axis=0).astype(parts[0].dtype)
 
     return jax.tree.map(mean, *step_sizes)
+
+
+def unlearned(sampler: Tuned, dim: int) -> tuple[WarmupState, Tuning]:
+    """What is known before the warm-up."""
+    warmup = warmup_of(sampler, dim)
+    learned = warmup.init(dim)
+    centring = Centring.identity(dim) if sampler.metric == "auto" else None
+    return learned, warmup.tuning(learned)._replace(centring=centring)
+
+
+def halves(pieces: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The draws of one half of the chains and of the other (of a single chain's halves), each (num, dim)."""
+    z = np.concatenate(pieces, axis=1)
+    first, second = np.array_split(z, 2, axis=0 if len(z) > 1 else 1)
+    return first.reshape(-1, z.shape[-1]), second.reshape(-1, z.shape[-1])
+
+
+def learn(
+    sampler: Tuned,
+    learned: WarmupState,
+    centring: Centring | None,
+    positions: Array,
+    gradients: Array,
+    count: Array,
+) -> WarmupState:
+    """The metric, as it learns from `count` steps of all chains, in the coordinates of a centring."""
+    add = warmup_of(sampler, positions.shape[-1]).add
+
+    def coordinates(z: Array, gradient: Array) -> tuple[Array, Array]:
+        if centring is None:
+            return z, gradient
+        u, _ = centring.coordinates(z)
+        return u, centring.pull(u, gradient)
+
+    def add_one(i: Array, metric: Any) -> Any:
+        return add(metric, *jax.vmap(coordinates)(positions[:, i], gradients[:, i]))
+
+    return learned._replace(metric=jax.lax.fori_loop(0, count, add_one, learned.metric))
+
+
+def end_stretch(
+    sampler: Tuned,
+    learned: WarmupState,
+    centring: Centring | None,
+    adaptations: list[Any],
+    dim: int,
+    is_window: bool,
+) -> tuple[WarmupState, Tuning, list[Any]]:
+    """What the chains know together, and their step size adaptation for the next stretch."""
+    warmup = warmup_of(sampler, dim)
+    learned = learned._replace(step_size=pooled(adaptations))
+    if is_window:
+        learned = warmup.close(learned)
+        adaptations = [jax.tree.map(lambda new, old: new + 0 * old, learned.step_size, old) for old in adaptations]
+    return learned, warmup.tuning(learned)._replace(centring=centring), adaptations
+
+
+def warmup_of(sampler: Tuned, dim: int) -> Warmup:
+    """The warm-up that a sampler's settings ask for."""
+    return window_warmup(sampler.target_accept, sampler.metric, dim)
 
 
 def _estimator(metric: Metric, dim: int) -> Estimator:
