@@ -50,7 +50,7 @@ from blackjax.smc.resampling import systematic
 
 from ebm_ppl import parallel, sharding
 from ebm_ppl.centring import Centring, learn_centring
-from ebm_ppl.kernels import HMC, MALA, MCLMC
+from ebm_ppl.kernels import HMC, MALA, MCLMC, Tuning
 from ebm_ppl.moves import move
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.sharding import Layout, Mesh
@@ -214,6 +214,20 @@ def laid_out(
     sharding.require_equal_shares(in_half, layout.mesh, "particles (or their chains) in each half of the cloud")
     keys = parallel.split(jax.random.split(key, num_runs), most=num_runs)
     return layout, *sharding.everywhere((keys, target), layout.mesh)
+
+
+def tuning_of(z: Array, step_size: Array, centring: Centring | None, points: Array | int) -> Tuning:
+    """What a cloud says about moves at its temperature, in the coordinates of its first half.
+
+    Args:
+        z: the particles of a run, (num, dim).
+        centring: of a `Cloud`, with leading axis (2,).
+        points: how many independent ones the particles are worth.
+    """
+    if centring is None:
+        return Tuning(step_size, DenseScale.of_cloud(z, points))
+    own = jax.tree.map(lambda x: x[0], centring)
+    return Tuning(step_size, DenseScale.of_cloud(_coordinates(z, own), points), own)
 
 
 def lagging(drift: float) -> tuple[str, ...]:

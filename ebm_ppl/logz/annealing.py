@@ -52,6 +52,7 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from ebm_ppl import parallel, smc
+from ebm_ppl.centring import Centring
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Tuning
 from ebm_ppl.logz.integral import (
     CONTRADICTION,
@@ -66,7 +67,6 @@ from ebm_ppl.logz.integral import (
     total_energy,
 )
 from ebm_ppl.rebase import Joint
-from ebm_ppl.scale import DenseScale
 from ebm_ppl.smc import SMC, UNSETTLED
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, DegenerateParticlesError, Draws, EnergyError, PRNGKey, log_mean
@@ -372,7 +372,8 @@ def _find_path(key: PRNGKey, target: Tilted, method: _Annealing) -> tuple[Path, 
     def learn(clouds: list[smc.Cloud]) -> None:
         cloud = jax.tree.map(lambda x: x[0], clouds[0])
         betas.append(float(cloud.beta))
-        tunings.append(parallel.once(_tuning, cloud.z, cloud.step_size, np.float64(method.pilot.target_ess)))
+        share = np.float64(method.pilot.target_ess)
+        tunings.append(parallel.once(_tuning, cloud.z, cloud.step_size, cloud.centring, share))
 
     pilot = smc.run(key_pilot, Joint(target), method.pilot, progress_bar=False, visit=learn)
     assert pilot.stages is not None
@@ -413,9 +414,9 @@ def refine(betas: np.ndarray, shares: np.ndarray, num_stages: int) -> tuple[np.n
     return beta, np.minimum(np.searchsorted(betas[1:], beta[1:]), len(shares) - 1)
 
 
-def _tuning(z: Array, step_size: Array, share: Array) -> Tuning:
+def _tuning(z: Array, step_size: Array, centring: Centring | None, share: Array) -> Tuning:
     """What a stage's cloud says about the moves at its temperature."""
-    return Tuning(step_size, DenseScale.of_cloud(z, share.astype(z.dtype) * len(z)))
+    return smc.tuning_of(z, step_size, centring, share.astype(z.dtype) * len(z))
 
 
 def _num_steps(keys: Array, tuned: Array, tunings: Tuning, sampler: HMC | MALA | MCLMC, dim: int) -> Array:
@@ -523,7 +524,7 @@ def _move(key: PRNGKey, chain: Chain, target: Tilted, path: Path, at: Stage, sam
         key, num_steps = move
         key_shorter, key_step = jax.random.split(key)
         shorter = jnp.exp(-jax.random.uniform(key_shorter, dtype=tuning.step_size.dtype))
-        shortened = Tuning(tuning.step_size * shorter, tuning.scale)
+        shortened = tuning._replace(step_size=tuning.step_size * shorter)
         state, stats = kernel.step(key_step, state, log_density, shortened, num_steps)
         return state, stats["nan_energy"]
 

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebm_ppl import parallel, smc
-from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, Tuning
+from ebm_ppl.centring import Centring
+from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel
 from ebm_ppl.logz.integral import (
     CONTRADICTION,
     LARGEST_RHAT,
@@ -31,8 +32,7 @@ from ebm_ppl.logz.integral import (
     total_energy,
 )
 from ebm_ppl.rebase import Joint
-from ebm_ppl.scale import DenseScale
-from ebm_ppl.smc import SMC, UNSETTLED, Cloud
+from ebm_ppl.smc import SMC, UNSETTLED, Cloud, tuning_of
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, PRNGKey
 
@@ -69,6 +69,8 @@ class Rung(NamedTuple):
     z: Array
     """The pilot's particles, shape (particle, dim)."""
     step_size: Array
+    centring: Centring | None
+    """Coordinates in which the pilot moved them."""
 
 
 def climb(key: PRNGKey, target: Tilted, pilot: SMC, num_chains: int, num_warmup: int, num_draws: int) -> Ladder:
@@ -89,7 +91,7 @@ def climb(key: PRNGKey, target: Tilted, pilot: SMC, num_chains: int, num_warmup:
     num_nan = check_energies(at_zero, "draws of the reference")
 
     keys = jax.random.split(key_chains, len(clouds))
-    starts = [Rung(key, cloud.beta, cloud.z, cloud.step_size) for key, cloud in zip(keys, clouds, strict=True)]
+    starts = [Rung(key, c.beta, c.z, c.step_size, c.centring) for key, c in zip(keys, clouds, strict=True)]
     rungs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
     # One rung to a part, so that their number, which the pilot chooses, is no part of the compiled shapes.
     parts = parallel.split(rungs, most=len(clouds))
@@ -122,7 +124,7 @@ def _chains(
     num, dim = rung.z.shape
     key_start, key_steps = jax.random.split(rung.key)
     # The particles that a chain starts from have a share in the scale that moves it; the warm-up forgets that.
-    scale = DenseScale.of_cloud(rung.z, num)
+    tuning = tuning_of(rung.z, rung.step_size, rung.centring, num)
     start = jax.random.choice(key_start, rung.z, (num_chains,), replace=False)
 
     def log_density(z: Array) -> Array:
@@ -131,12 +133,13 @@ def _chains(
 
     def step(states: Any, number: Array) -> tuple[Any, dict[str, Array]]:
         key_length, key_jitter, key_step = jax.random.split(jax.random.fold_in(key_steps, number), 3)
-        num_steps = kernel.length(key_length, Tuning(rung.step_size, scale), dim)
+        num_steps = kernel.length(key_length, tuning, dim)
         # As in SMC, which has found the step size for steps that are shortened so.
         shorter = jnp.exp(-jax.random.uniform(key_jitter, (num_chains,), start.dtype))
 
         def one(key: PRNGKey, state: Any, factor: Array) -> tuple[Any, dict[str, Array]]:
-            return kernel.step(key, state, log_density, Tuning(rung.step_size * factor, scale), num_steps)
+            shortened = tuning._replace(step_size=tuning.step_size * factor)
+            return kernel.step(key, state, log_density, shortened, num_steps)
 
         states, stats = jax.vmap(one)(jax.random.split(key_step, num_chains), states, shorter)
         energy = jax.vmap(lambda z: total_energy(target, z)[1])(states.position)
