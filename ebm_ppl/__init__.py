@@ -8,7 +8,8 @@ from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, S
 from ebm_ppl.evidence import log_z, log_z_stream, read_log_z
 from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
-from ebm_ppl.logz.annealing import AIS, BDMC
+from ebm_ppl.logz.ais import AIS
+from ebm_ppl.logz.bdmc import BDMC
 from ebm_ppl.logz.bridge import Bridge
 from ebm_ppl.logz.consultation import Consultation
 from ebm_ppl.logz.fitted import FittedReference

@@ -297,7 +297,7 @@ MUTATIONS = (
     ),
     Mutation(
         "upper bound of annealed chains from weights that are not inverted",
-        "logz/annealing.py",
+        "logz/bdmc.py",
         "high, high_error = _bound(-reverse.log_weight)",
         "high, high_error = -_bound(reverse.log_weight)[0], _bound(reverse.log_weight)[1]",
         ("logz/test_annealing.py::test_bounds_bracket_the_truth",),

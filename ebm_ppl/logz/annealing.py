@@ -13,11 +13,7 @@ several moves on end. Hence pi_t(z) K_t(z, z') = pi_t(z') K_t(z', z), and the ra
     p_F / p_R = pi_0(z_0) prod_t K_t(z_{t-1}, z_t) / ( pi_T(z_T) prod_t K_t(z_t, z_{t-1}) )
               = pi_0(z_0) / pi_T(z_T) * prod_t pi_t(z_t) / pi_t(z_{t-1})  =  Z exp(-A)
 
-with Z = Z_T / Z_0. So E_F[f exp(A)] = Z E_R[f] for every f of the path: f = 1 and f = exp(-A) give
-
-    E_F[exp(A)] = Z         so that by Jensen  E_F[A] <= log Z            AIS, and the lower bound
-    E_R[exp(-A)] = 1 / Z    so that by Jensen  E_R[A] >= log Z            the upper bound
-    E_F[s(A - log Z)] = E_R[s(log Z - A)],  s the logistic function       both together: Bennett's acceptance ratio
+with Z = Z_T / Z_0. So E_F[f exp(A)] = Z E_R[f] for every f of the path, which `ais.py` and `bdmc.py` make use of.
 
 None of it needs chains that mix. The temperatures, the step sizes and the metrics come from a pilot of SMC
 (`smc.run`), which has no other part in the estimate: it is unbiased on the scale of Z for whatever the pilot found.
@@ -30,53 +26,38 @@ None of it needs chains that mix. The temperatures, the step sizes and the metri
 Steps of equal length are the best for chains that mix, and the variance of A is then (sum_p d_p)^2 / T.
 
 References:
-    Neal (2001), Annealed importance sampling; Grosse, Ghahramani and Adams (2015), Sandwiching the marginal likelihood
-    using bidirectional Monte Carlo; Grosse, Ancha and Roy (2016), Measuring the reliability of MCMC inference with
-    bidirectional Monte Carlo; Crooks (1999), Entropy production fluctuation theorem and the nonequilibrium work
-    relation; Bennett (1976), Efficient estimation of free energy differences from Monte Carlo data; Grosse, Maddison
-    and Salakhutdinov (2013), Annealing between distributions by averaging moments.
+    Neal (2001), Annealed importance sampling; Crooks (1999), Entropy production fluctuation theorem and the
+    nonequilibrium work relation; Grosse, Maddison and Salakhutdinov (2013), Annealing between distributions by
+    averaging moments.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.interpolate import PchipInterpolator
-from scipy.optimize import brentq
-from scipy.special import expit
 
 from ebm_ppl import parallel, smc
 from ebm_ppl.centring import Centring
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Tuning
 from ebm_ppl.logz.integral import (
     CONTRADICTION,
-    FEW,
-    LARGEST_K,
-    Integral,
     check_energies,
-    effective_share,
     opinion_of,
-    pareto_k,
-    relative_error,
     total_energy,
 )
 from ebm_ppl.rebase import Joint
 from ebm_ppl.smc import SMC, UNSETTLED
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import Array, DegenerateParticlesError, Draws, EnergyError, PRNGKey, log_mean
+from ebm_ppl.typing import Array, DegenerateParticlesError, Draws, EnergyError, PRNGKey
 
 BLOCKS = 16
 """Of chains, for the error of a bound: it has one degree of freedom fewer."""
-BOUND_ERRORS = 2.0
-"""Standard errors that a bound leaves to chance."""
-LARGE_GAP = 1.0
-"""Nats between the bounds beyond which they say little."""
 FEWEST_STAGES = 16
 """Room for stages of the pilot; it is doubled as often as needed, so that few lengths of a pilot are compiled for."""
 SHORTEST = 1e-3
@@ -84,7 +65,7 @@ SHORTEST = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class _Annealing:
+class Annealing:
     """Settings of chains on one path, in one direction or both."""
 
     num_chains: int = 1024
@@ -101,146 +82,6 @@ class _Annealing:
             raise EnergyError(f"num_stages is a positive number of temperatures; got {self.num_stages}.")
         if self.num_moves < 1:
             raise EnergyError(f"num_moves is a positive number of moves at each temperature; got {self.num_moves}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class AIS(_Annealing):
-    """log Z by annealed importance sampling: the mean weight of independent chains from the reference.
-
-        Z = mean_i w_i,  w_i = exp(A_i)        se(log Z) = sd_i(w_i) / (Z sqrt(n))
-
-    Z is unbiased; its logarithm is too low by about se^2 / 2, which is left as it is, so that runs can be averaged on
-    the scale of Z. With n' effective chains, se^2 is below 1 / n': where `FEW` are effective the bias is below .005
-    nats and a twentieth of the standard error, and where fewer are, that is a doubt. `diagnostics["bias"]` has it.
-
-    Args:
-        num_chains: annealed chains, a multiple of 16.
-        num_stages: temperatures after the reference. The variance of a log weight falls as their inverse.
-        num_moves: moves of a chain at each temperature.
-        pilot: the SMC that finds the temperatures and tunes the moves, whose kernel the chains use.
-
-    References:
-        Neal (2001), Annealed importance sampling.
-    """
-
-    name = "AIS"
-
-    def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
-        """log Z of all energies of a target at once, from a pilot and chains of their own."""
-        key_pilot, key_chains = jax.random.split(key)
-        path, pilot = _find_path(key_pilot, target, self)
-        seen = _forward_chains(key_chains, target, path, self)
-        value, share, k = log_mean(seen.log_weight), effective_share(seen.log_weight), pareto_k(seen.log_weight)
-        std_error = relative_error(np.exp(seen.log_weight - np.max(seen.log_weight)))
-        spent = _evaluations(path, self.num_chains)
-        doubts = _doubts_of_pilot(pilot, value, std_error)
-        if not k <= LARGEST_K or self.num_chains * share < FEW:
-            doubts.append(
-                f"Only {self.num_chains * share:.0f} of {self.num_chains} annealed chains are effective, with Pareto k "
-                f"{k:.2f}: log Z is probably too low, by more than the stated error. More num_stages or num_moves help."
-            )
-        return Integral(
-            value=value,
-            std_error=math.hypot(std_error, _rounding(path, value)),
-            num_evaluations=_spent(pilot) + spent,
-            num_nan=int(pilot.attrs["num_nan_energy"]) + seen.num_nan,
-            story=(
-                _told(pilot),
-                f"{self.num_chains} chains of {self.num_stages} stages, {share:.0%} effective, Pareto k {k:.2f}: "
-                f"log Z {value:.3f} ± {std_error:.3f}, {spent:.0f} evaluations",
-            ),
-            doubts=tuple(doubts),
-            diagnostics={"effective_share": share, "pareto_k": k, "bias": -(std_error**2) / 2},
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class BDMC(_Annealing):
-    """log Z between two bounds, by bidirectional Monte Carlo: chains from the reference, and chains back to it.
-
-    The chains of each direction form 16 blocks, and with one estimate of log Z from each block,
-
-        L_b = log mean_{i in b} exp(A_i)         E[L_b] <= log Z      forward
-        U_b = -log mean_{i in b} exp(-A_i)       E[U_b] >= log Z      reverse, from draws of the posterior
-        lower = mean_b L_b - 2 se                upper = mean_b U_b + 2 se
-
-    where se = sd_b / sqrt(16): each bound fails with a probability of 3 % at most (Student's law of 15 degrees of
-    freedom, for blocks whose estimates are about normal), and of less where it has a slack. `value` is Bennett's
-    acceptance ratio of all chains of both directions, the root of
-
-        sum_forward s(A_i - value) = sum_reverse s(value - A_j)
-
-    with the standard error of the two means.
-
-    Where only a share a of the reference has any mass (a hard constraint), reverse chains never see the rest, and
-    E_R[exp(-A)] is a / Z: the upper bound holds, with a slack of -log a that no number of stages removes.
-
-    The upper bound is true where `exact` gives draws of the posterior, as it can for simulated data: parameters from
-    the prior and data from them are a draw from the joint, and so those parameters are one from the posterior of those
-    data. Without it the reverse chains start from the particles of a second run of SMC, and both bounds together are
-    only heuristic: parts of the posterior that SMC does not find are missing from the upper bound, and then both may
-    agree on a wrong number. `diagnostics["bounds"]` says which: "true" or "heuristic". The lower bound is always true.
-
-    Args:
-        num_chains: annealed chains in each direction, a multiple of 16.
-        num_stages, num_moves, pilot: as in `AIS`; without `exact` the starts are particles of such a pilot, too.
-        exact: from a key to one exact draw of the posterior, in unconstrained space, shape (dim,); a function of JAX.
-            It belongs to one set of energies, so that models whose prior energies have a log Z of their own refuse it.
-
-    Raises:
-        EnergyError: for exact draws of another shape, or for a model whose evidence is a difference.
-        DegenerateParticlesError: for exact draws of zero mass.
-
-    References:
-        Grosse, Ghahramani and Adams (2015); Grosse, Ancha and Roy (2016); Bennett (1976).
-    """
-
-    exact: Callable[[PRNGKey], Array] | None = None
-    name = "BDMC"
-
-    def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
-        """log Z of all energies of a target at once, from a pilot and chains in both directions."""
-        key_pilot, key_starts, key_forward, key_reverse = jax.random.split(key, 4)
-        if self.exact is not None and len(target.phases()) > 1:
-            raise EnergyError(
-                "The evidence of a model with prior energies is a difference of two log Z, and exact draws of one "
-                "posterior cannot start the chains of both: use BDMC() without `exact`."
-            )
-        path, pilot = _find_path(key_pilot, target, self)
-        starts, runs = _starts(key_starts, target, self)
-        runs = [pilot, *runs]
-        forward = _forward_chains(key_forward, target, path, self)
-        reverse = _reverse_chains(key_reverse, starts, target, path, self)
-        value, std_error = bennett(forward.log_weight, reverse.log_weight)
-        rounding = _rounding(path, value)
-        low, low_error = _bound(forward.log_weight)
-        high, high_error = _bound(-reverse.log_weight)
-        lower, upper = low - BOUND_ERRORS * low_error - rounding, -high + BOUND_ERRORS * high_error + rounding
-        kind = "heuristic" if self.exact is None else "true"
-        origin = "particles of another run of SMC" if self.exact is None else "exact draws of the posterior"
-        spent = _evaluations(path, self.num_chains)
-        return Integral(
-            value=value,
-            std_error=math.hypot(std_error, rounding),
-            num_evaluations=sum(map(_spent, runs)) + 2 * spent,
-            num_nan=sum(int(run.attrs["num_nan_energy"]) for run in runs) + forward.num_nan + reverse.num_nan,
-            lower=lower,
-            upper=upper,
-            story=(
-                _told(pilot),
-                f"{self.num_chains} chains of {self.num_stages} stages from the reference: log Z above {lower:.3f}",
-                f"as many back from {origin}: log Z below {upper:.3f}; the bounds are {kind}",
-                f"Bennett's acceptance ratio: log Z {value:.3f} ± {std_error:.3f}, {2 * spent:.0f} evaluations",
-            ),
-            doubts=tuple(_doubts_of_pilot(pilot, value, std_error) + _disagreement(lower, upper, kind)),
-            diagnostics={
-                "bounds": kind,
-                "forward": low,
-                "forward_std_error": low_error,
-                "reverse": -high,
-                "reverse_std_error": high_error,
-            },
-        )
 
 
 class Stage(NamedTuple):
@@ -278,49 +119,7 @@ class Weights(NamedTuple):
     num_nan: int
 
 
-def bennett(forward: np.ndarray, reverse: np.ndarray) -> tuple[float, float]:
-    """log Z and its standard error from equally many log weights of both directions, by Bennett's acceptance ratio."""
-    both = np.concatenate([forward[np.isfinite(forward)], reverse])
-    margin = (
-        math.log(len(reverse)) + 2.0
-    )  # here the logistic functions of one side are below 1 / n, of the other near 1
-
-    def surplus(log_z: float) -> float:
-        return float(np.sum(expit(forward - log_z)) - np.sum(expit(log_z - reverse)))
-
-    value = float(brentq(surplus, np.min(both) - margin, np.max(both) + margin, xtol=1e-12))  # pyright: ignore
-    return value, math.hypot(relative_error(expit(forward - value)), relative_error(expit(value - reverse)))
-
-
-def _bound(log_weight: np.ndarray) -> tuple[float, float]:
-    """Mean and standard error, over the blocks, of the log of a block's mean weight: on average too low."""
-    blocks = np.array([log_mean(block) for block in log_weight.reshape(BLOCKS, -1)])
-    if not np.all(np.isfinite(blocks)):  # a block without mass bounds nothing
-        return -math.inf, 0.0
-    return float(np.mean(blocks)), float(np.std(blocks, ddof=1) / math.sqrt(BLOCKS))
-
-
-def _disagreement(lower: float, upper: float, kind: str) -> list[str]:
-    if lower > upper:
-        cause = (
-            "`exact` does not draw from this posterior"
-            if kind == "true"
-            else "the reverse chains start from particles that are no draws of the posterior (more num_particles or "
-            "num_moves of the pilot help)"
-        )
-        return [
-            f"The lower bound ({lower:.3f}) lies above the upper one ({upper:.3f}), which is chance in less than one "
-            f"run of a hundred: else {cause}."
-        ]
-    if upper - lower > LARGE_GAP:
-        return [
-            f"The bounds are {upper - lower:.1f} nats apart ({lower:.2f} and {upper:.2f}): the chains lag behind the "
-            "path, and log Z may be anywhere between. More num_stages or num_moves help."
-        ]
-    return []
-
-
-def _doubts_of_pilot(pilot: Draws, value: float, std_error: float) -> list[str]:
+def doubts_of_pilot(pilot: Draws, value: float, std_error: float) -> list[str]:
     opinion, noise, drift, *_ = opinion_of(pilot)
     doubts = []
     if drift > UNSETTLED:
@@ -338,25 +137,25 @@ def _doubts_of_pilot(pilot: Draws, value: float, std_error: float) -> list[str]:
     return doubts
 
 
-def _told(pilot: Draws) -> str:
+def told(pilot: Draws) -> str:
     value, std_error, *_ = opinion_of(pilot)
     num_stages = (pilot.stages or {})["beta"].shape[1]
     return (
         f"pilot of {len(pilot.z[0])} particles and {num_stages} stages: log Z {value:.3f} ± {std_error:.3f}, "
-        f"{_spent(pilot):.0f} evaluations"
+        f"{spent_on(pilot):.0f} evaluations"
     )
 
 
-def _spent(pilot: Draws) -> float:
+def spent_on(pilot: Draws) -> float:
     return float(pilot.attrs["num_evaluations"])
 
 
-def _rounding(path: Path, value: float) -> float:
+def rounding_of(path: Path, value: float) -> float:
     """What rounding of a sum over the stages adds to the error of log Z."""
     return float(np.finfo(path.stages.beta.dtype).eps) * abs(value) * math.sqrt(path.stages.beta.size)
 
 
-def _evaluations(path: Path, num_chains: int) -> float:
+def evaluations_of(path: Path, num_chains: int) -> float:
     """Of the log density: in each stage for the weight, for the start of the moves, and for their steps."""
     return float(num_chains * (2 * path.stages.beta.size + np.sum(path.stages.num_steps)))
 
@@ -364,7 +163,7 @@ def _evaluations(path: Path, num_chains: int) -> float:
 # The path
 
 
-def _find_path(key: PRNGKey, target: Tilted, method: _Annealing) -> tuple[Path, Draws]:
+def find_path(key: PRNGKey, target: Tilted, method: Annealing) -> tuple[Path, Draws]:
     """Temperatures and tuned moves from a pilot, and the pilot."""
     key_pilot, key_lengths = jax.random.split(key)
     betas, tunings = [0.0], []
@@ -434,28 +233,14 @@ def _num_steps(keys: Array, tuned: Array, tunings: Tuning, sampler: HMC | MALA |
 # Chains
 
 
-def _starts(key: PRNGKey, target: Tilted, method: BDMC) -> tuple[Array, list[Draws]]:
-    """Where the reverse chains start, and the run that they come from unless they are exact."""
-    key_run, key_which = jax.random.split(key)
-    if method.exact is not None:
-        starts = jax.vmap(method.exact)(jax.random.split(key_run, method.num_chains))
-        if starts.shape != (method.num_chains, target.dim):
-            raise EnergyError(f"exact returns a point of shape ({target.dim},); got {starts.shape[1:]}.")
-        return starts, []
-    # Not the pilot's own particles: a metric of the very points that it moves favours the directions of their spread.
-    run = smc.run(key_run, Joint(target), method.pilot, progress_bar=False)
-    order = np.asarray(jax.random.permutation(key_which, len(run.z[0])))
-    return run.z[0][np.resize(order, method.num_chains)], [run]
-
-
-def _forward_chains(key: PRNGKey, target: Tilted, path: Path, method: _Annealing) -> Weights:
+def forward_chains(key: PRNGKey, target: Tilted, path: Path, method: Annealing) -> Weights:
     members = parallel.split(jax.random.split(key, method.num_chains))
     found = _gathered(parallel.over(_forward, members, target, path, method.pilot.kernel))
     check_energies(-found.log_weight, "the annealed chains")  # a weight is infinite where the density is
     return found
 
 
-def _reverse_chains(key: PRNGKey, starts: Array, target: Tilted, path: Path, method: _Annealing) -> Weights:
+def reverse_chains(key: PRNGKey, starts: Array, target: Tilted, path: Path, method: Annealing) -> Weights:
     members = parallel.split((jax.random.split(key, method.num_chains), starts))
     found = _gathered(parallel.over(_reverse, members, target, path, method.pilot.kernel))
     if lost := np.sum(found.log_weight == -np.inf):

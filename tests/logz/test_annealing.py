@@ -15,7 +15,8 @@ import ebm_ppl as ebm
 from ebm_ppl import parallel
 from ebm_ppl.kernels import Tuning
 from ebm_ppl.logz import annealing
-from ebm_ppl.logz.annealing import BLOCKS, BOUND_ERRORS, Path, Stage, refine
+from ebm_ppl.logz.annealing import BLOCKS, Path, Stage, refine
+from ebm_ppl.logz.bdmc import BOUND_ERRORS
 from ebm_ppl.scale import DenseScale
 
 NUM_RUNS = 10
