@@ -53,7 +53,8 @@ def as_numpyro_kernel(sampler: NUTS | HMC | MALA | MCLMC, model: Callable) -> Nu
         model: a NumPyro model; its arguments are passed to `MCMC.run`.
 
     Returns:
-        An `MCMCKernel`; each chain warms up by itself, in `num_warmup` steps of `MCMC`.
+        An `MCMCKernel`; each chain warms up by itself, in `num_warmup` steps of `MCMC`, and learns a metric but no
+        non-centred coordinates, which take the draws of a whole window.
 
     Raises:
         EnergyError: for unadjusted MCLMC, whose tuning is no sequence of kernel steps.

@@ -21,6 +21,10 @@ LIMIT = z_limit(NUM_RUNS * len(CASES) + 4)
 MEMORIES = 0.0, 0.8
 
 
+CENTRED = ebm.NUTS(metric="dense")
+"""In the coordinates of the model, where a funnel stays one."""
+
+
 def small(**settings):
     return ebm.Bridge(num_warmup=200, num_samples=500, **settings)
 
@@ -99,7 +103,7 @@ def test_points_with_a_nan_energy_have_no_mass_and_are_counted():
 def test_chains_that_miss_a_part_of_the_posterior_are_a_doubt():
     """No chain sees the neck of the funnel: the answer is wrong, and says so."""
     with pytest.warns(ebm.EnergyWarning, match="diverged|chains disagree"):
-        found = ebm.log_z(jax.random.key(0), ebm.target(funnel_in_a_box), small(warp=True))
+        found = ebm.log_z(jax.random.key(0), ebm.target(funnel_in_a_box), small(warp=True, sampler=CENTRED))
     assert abs(found.value - FUNNEL_IN_A_BOX) > found.std_error and "in doubt" in str(found)
 
 
