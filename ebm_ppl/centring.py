@@ -29,7 +29,7 @@ References:
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -115,7 +115,7 @@ def _through(change: object, point: Array, gradient: Array) -> Array:
 
 
 def learn_centring(first: np.ndarray, second: np.ndarray, sites: np.ndarray) -> Centring:
-    """The map that two halves of the draws agree upon; the identity where there is none.
+    """The map that two halves of the draws agree upon, the identity where there is none; on the host.
 
     Args:
         first, second: draws, each of shape (num, dim).
@@ -123,7 +123,9 @@ def learn_centring(first: np.ndarray, second: np.ndarray, sites: np.ndarray) -> 
     """
     pooled = np.concatenate([first, second]).astype(float)
     num, dim = pooled.shape
-    identity = Centring.identity(dim)
+    own: Any = np.arange(dim, dtype=jnp.arange(0).dtype)
+    zeros: Any = np.zeros(dim, first.dtype)
+    identity = Centring(own, own, zeros, zeros, zeros)
     mean, deviation = np.mean(pooled, axis=0), np.std(pooled, axis=0)
     if num < FEWEST or not 1 < dim <= MOST_COORDINATES or not np.all(np.isfinite(deviation) & (deviation > 0)):
         return identity
@@ -141,7 +143,8 @@ def learn_centring(first: np.ndarray, second: np.ndarray, sites: np.ndarray) -> 
         constant, follow[here] = given.location.T
         mean[here] += constant * deviation[here]
     numbers = mean, follow * deviation / deviation[leader], slope / deviation[driver]
-    return Centring(jnp.asarray(driver), jnp.asarray(leader), *(jnp.asarray(x.astype(first.dtype)) for x in numbers))
+    indices: Any = driver.astype(own.dtype), leader.astype(own.dtype)
+    return Centring(*indices, *(x.astype(first.dtype) for x in numbers))
 
 
 def _slopes(x: np.ndarray) -> np.ndarray:

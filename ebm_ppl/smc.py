@@ -317,12 +317,20 @@ def _learned(cloud: Cloud, sites: np.ndarray, layout: Layout) -> Cloud:
         return cloud
     num = cloud.z.shape[1] // 2
     few = min(num, MOST_LEARNED)
-    halves = [np.asarray(sharding.gathered(cloud.z[:, first : first + few])) for first in (num, 0)]
+    first, second = (np.asarray(sharding.gathered(cloud.z[:, start : start + few])) for start in (0, num))
+
+    def learned(z: np.ndarray) -> Centring:
+        return learn_centring(z[: few // 2], z[few // 2 :], sites)
+
     of_runs = [
-        _stacked([learn_centring(z[: few // 2], z[few // 2 :], sites) for z in both])
-        for both in zip(*halves, strict=True)
+        _together([learned(of_second), learned(of_first)]) for of_first, of_second in zip(first, second, strict=True)
     ]
-    return cloud._replace(centring=sharding.everywhere(_stacked(of_runs), layout.mesh))
+    return cloud._replace(centring=sharding.everywhere(_together(of_runs), layout.mesh))
+
+
+def _together(trees: list[Any]) -> Any:
+    """On the host."""
+    return jax.tree.map(lambda *xs: np.stack(xs), *trees)
 
 
 def _stacked(trees: list[Any]) -> Any:
