@@ -33,7 +33,7 @@ def runs(name, method, num=NUM_RUNS):
     return found, np.array([(each.value - problem.log_z) / each.std_error for each in found])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES[:2], pytest.param(NAMES[2], marks=pytest.mark.slow)])
 def test_estimate_and_its_error(name):
     found, scores = runs(name, small(tol=0.01))
     assert np.max(np.abs(scores)) < LIMIT
@@ -46,7 +46,9 @@ def test_estimate_and_its_error(name):
     assert len(weighed) > NUM_RUNS / 2 and max(each.std_error for each in weighed) < 0.015
 
 
-@pytest.mark.parametrize("name", WITH_PRIOR)
+@pytest.mark.parametrize(
+    "name", [WITH_PRIOR[0], *(pytest.param(name, marks=pytest.mark.slow) for name in WITH_PRIOR[1:])]
+)
 def test_evidence_of_models_with_prior_energies(name):
     problem = PROBLEMS[name]
     found = ebm.log_z(jax.random.key(0), problem.target(), small(tol=0.01), num_runs=2)
@@ -75,6 +77,7 @@ def test_heavy_tails_are_left_to_smc(monkeypatch):
     assert {each.diagnostics["branch"] for each in found} == {"SMC from the fitted reference"}
 
 
+@pytest.mark.slow
 def test_a_reference_that_does_not_fit_is_a_doubt():
     """On the funnel the pilot's particles miss the neck: no answer can be relied upon, and all of them say so."""
     target = ebm.target(funnel_in_a_box)
