@@ -123,8 +123,8 @@ MUTATIONS = (
     Mutation(
         "particles moved without resampling",
         "smc.py",
-        "start = before[first]",
-        "start = cloud.z",
+        "before[first].reshape",
+        "cloud.z.reshape",
         (_smc("regression"),),
     ),
     Mutation(
