@@ -114,6 +114,11 @@ def _through(change: object, point: Array, gradient: Array) -> Array:
     return pulled_back((gradient, jnp.ones((), gradient.dtype)))[0]
 
 
+def coordinates_of(z: Array, centring: Centring) -> Array:
+    """Of many points, (num, dim)."""
+    return jax.vmap(centring.coordinates)(z)[0]
+
+
 def learn_centring(first: np.ndarray, second: np.ndarray, sites: np.ndarray) -> Centring:
     """The map that two halves of the draws agree upon, the identity where there is none; on the host.
 

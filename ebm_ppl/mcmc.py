@@ -140,7 +140,8 @@ def _warm_up(
         for after, record, count in _steps(target, sampler, state, length, bar, warming_up=True):
             state = after
             evaluations += int(record["n_steps"][:, :count].sum())
-            records.append((record["z"], record["gradient"], np.array(count)))
+            if is_window:
+                records.append((record["z"], record["gradient"], np.array(count)))
         if is_window:
             if centring is not None:
                 draws = halves([z[:, :count] for z, _, count in records])

@@ -6,11 +6,8 @@
     evidence           the "data" part: log Z(prior and data) - log Z(prior)
     one phase          where every prior energy is normalised, log Z(prior) = 0, and both are tempered together
 
-Each stage weighs, resamples, and moves the particles (`moves.py`) by a kernel that leaves pi_t invariant. The metric,
-and with the kernel's metric "auto" also non-centred coordinates (`centring.py`),
-is learned from the cloud, **crosswise**: each half of the particles moves by the covariance of the other half. A metric
-of the very particles that it moves would favour the directions in which they happen to spread, and biases log Z (by
--.012 a stage for 1000 particles of a Gaussian in 32 dimensions).
+Each stage weighs, resamples, and moves the particles (`moves.py`) by a kernel that leaves pi_t invariant, in
+coordinates that each half of the cloud learns from the other (`crosswise.py`).
 
 Everything is written for one run; `parallel.py` takes it over independent runs, `sharding.Layout` a function of one
 particle over all, in chunks and on a mesh where wanted.
@@ -49,10 +46,10 @@ from blackjax.smc.ess import log_ess
 from blackjax.smc.resampling import systematic
 
 from ebm_ppl import parallel, sharding
-from ebm_ppl.centring import Centring, learn_centring
-from ebm_ppl.kernels import HMC, MALA, MCLMC, Tuning
+from ebm_ppl.centring import Centring
+from ebm_ppl.crosswise import MOST_LEARNED, crosswise, identity_crosswise, learn_crosswise
+from ebm_ppl.kernels import HMC, MALA, MCLMC
 from ebm_ppl.moves import move
-from ebm_ppl.scale import DenseScale
 from ebm_ppl.sharding import Layout, Mesh
 from ebm_ppl.stages import StageInfo, as_path, check, check_start, final_values, phase_estimates
 from ebm_ppl.target import Phase, Tilted
@@ -60,8 +57,6 @@ from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey
 from ebm_ppl.weighing import Ensemble, join, no_ensemble, weigh
 
 UNSETTLED = 4.0
-MOST_LEARNED = 1000
-"""Particles of a half that the coordinates of the other are learned from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,20 +211,6 @@ def laid_out(
     return layout, *sharding.everywhere((keys, target), layout.mesh)
 
 
-def tuning_of(z: Array, step_size: Array, centring: Centring | None, points: Array | int) -> Tuning:
-    """What a cloud says about moves at its temperature, in the coordinates of its first half.
-
-    Args:
-        z: the particles of a run, (num, dim).
-        centring: of a `Cloud`, with leading axis (2,).
-        points: how many independent ones the particles are worth.
-    """
-    if centring is None:
-        return Tuning(step_size, DenseScale.of_cloud(z, points))
-    own = jax.tree.map(lambda x: x[0], centring)
-    return Tuning(step_size, DenseScale.of_cloud(_coordinates(z, own), points), own)
-
-
 def lagging(drift: float) -> tuple[str, ...]:
     """The doubt about particles that lag behind their targets, by the largest drift, where they do."""
     if not drift > UNSETTLED:
@@ -250,7 +231,7 @@ def _initial(key: PRNGKey, target: Tilted, sampler: SMC, layout: Layout) -> Clou
     ensemble = no_ensemble(z, sampler.persistence)
     log_weight = jnp.full_like(ensemble.energy, -jnp.inf).at[:, 0].set(-jnp.log(num))
     eve = jnp.arange(num)
-    centring = _stacked([Centring.identity(target.dim)] * 2) if sampler.kernel.metric == "auto" else None
+    centring = identity_crosswise(target.dim) if sampler.kernel.metric == "auto" else None
     cloud = Cloud(z, zeros, zeros, eve, zero, step_size, zero, zeros, ensemble, log_weight, zero, drift, zero, centring)
     return _lying(cloud, layout)
 
@@ -297,7 +278,7 @@ def _run_phase(
     with tqdm(total=1.0, desc=f"SMC {phase}", disable=not progress_bar, bar_format=_BAR) as bar:
         while under_way := [i for i, cloud in enumerate(clouds) if np.any(np.asarray(cloud.beta) < 1.0)]:
             stage = np.array(first + len(infos) + 1)
-            members = [(keys[i], _learned(clouds[i], target.site_numbers, layout)) for i in under_way]
+            members = [(keys[i], _in_new_coordinates(clouds[i], target.site_numbers, layout)) for i in under_way]
             results = parallel.over(_stage, members, target, sampler, layout, phase, stage, in_place=True)
             parts: list[Any] = [[np.full(len(cloud.beta), np.nan)] * len(StageInfo._fields) for cloud in clouds]
             for i, ((keys[i], clouds[i]), info) in zip(under_way, results, strict=True):
@@ -311,30 +292,14 @@ def _run_phase(
     return clouds, infos
 
 
-def _learned(cloud: Cloud, sites: np.ndarray, layout: Layout) -> Cloud:
-    """The clouds of several runs, each half with coordinates that are learned from particles of the other."""
+def _in_new_coordinates(cloud: Cloud, sites: np.ndarray, layout: Layout) -> Cloud:
+    """The clouds of several runs, which know coordinates for their next moves."""
     if cloud.centring is None:
         return cloud
     num = cloud.z.shape[1] // 2
     few = min(num, MOST_LEARNED)
     first, second = (np.asarray(sharding.gathered(cloud.z[:, start : start + few])) for start in (0, num))
-
-    def learned(z: np.ndarray) -> Centring:
-        return learn_centring(z[: few // 2], z[few // 2 :], sites)
-
-    of_runs = [
-        _together([learned(of_second), learned(of_first)]) for of_first, of_second in zip(first, second, strict=True)
-    ]
-    return cloud._replace(centring=sharding.everywhere(_together(of_runs), layout.mesh))
-
-
-def _together(trees: list[Any]) -> Any:
-    """On the host."""
-    return jax.tree.map(lambda *xs: np.stack(xs), *trees)
-
-
-def _stacked(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+    return cloud._replace(centring=sharding.everywhere(learn_crosswise(first, second, sites), layout.mesh))
 
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
@@ -350,11 +315,6 @@ def _stage(
     kept = jax.tree.map(lambda new, old: jnp.where(done, old, new), after, cloud)
     info = jax.tree.map(lambda x: jnp.where(done, jnp.nan, x), info)
     return (key, _lying(kept, layout)), layout.everywhere(info)
-
-
-def _coordinates(z: Array, centring: Centring) -> Array:
-    """Of all points, (num, dim)."""
-    return jax.vmap(centring.coordinates)(z)[0]
 
 
 def _one_stage(
@@ -378,15 +338,10 @@ def _one_stage(
         return base - beta * energy
 
     resampled = layout.spread(before[ancestors].reshape(2, num // 2, -1), axis=1)
-    # Not by vmap: with a batch of matrices the runs would have to go one at a time (`xla.may_run_beside_itself`).
-    others = list(resampled[::-1])
-    if cloud.centring is not None:
-        others = list(jax.vmap(_coordinates)(resampled[::-1], cloud.centring))
-    scales = _stacked([DenseScale.of_cloud(half, jnp.minimum(ess, num) / 2) for half in others])
+    coordinates = crosswise(resampled, cloud.centring, jnp.minimum(ess, num) / 2)
     # One in so many of a systematic sample, the first by chance, is a smaller systematic sample.
     first = ancestors.reshape(-1, length)[:, jax.random.randint(jax.random.fold_in(key_resample, 1), (), 0, length)]
     start = layout.spread(before[first].reshape(2, num // length // 2, -1), axis=1)
-    coordinates = scales, cloud.centring
     moved, chains = move(
         key_move, start, log_density, sampler.kernel, sampler.num_moves, cloud.step_size, coordinates, layout, length
     )

@@ -44,6 +44,7 @@ from scipy.interpolate import PchipInterpolator
 
 from ebm_ppl import parallel, smc
 from ebm_ppl.centring import Centring
+from ebm_ppl.crosswise import tuning_of
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Tuning
 from ebm_ppl.logz.integral import (
     CONTRADICTION,
@@ -215,7 +216,7 @@ def refine(betas: np.ndarray, shares: np.ndarray, num_stages: int) -> tuple[np.n
 
 def _tuning(z: Array, step_size: Array, centring: Centring | None, share: Array) -> Tuning:
     """What a stage's cloud says about the moves at its temperature."""
-    return smc.tuning_of(z, step_size, centring, share.astype(z.dtype) * len(z))
+    return tuning_of(z, step_size, centring, share.astype(z.dtype) * len(z))
 
 
 def _num_steps(keys: Array, tuned: Array, tunings: Tuning, sampler: HMC | MALA | MCLMC, dim: int) -> Array:

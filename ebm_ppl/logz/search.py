@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ebm_ppl.centring import Centring, learn_centring
+from ebm_ppl.centring import Centring, coordinates_of, learn_centring
 from ebm_ppl.logz.importance import Weighed, draw, draw_own
 from ebm_ppl.logz.modes import Modes, find_modes
 from ebm_ppl.mixture import DEGREES, MOST_COMPONENTS, TAILS, StudentMixture, fit_mixture
@@ -151,17 +151,12 @@ def _fits(
 
 def _coordinates(z: np.ndarray, centring: Centring) -> np.ndarray:
     """Of points of shape (num, dim)."""
-    return np.asarray(_all_coordinates(jnp.asarray(z), centring))
+    return np.asarray(jax.jit(coordinates_of)(jnp.asarray(z), centring))
 
 
 def _placed(u: np.ndarray, centring: Centring) -> np.ndarray:
     """The inverse of `_coordinates`."""
     return np.array(_all_placed(jnp.asarray(u), centring))
-
-
-@jax.jit
-def _all_coordinates(z: Array, centring: Centring) -> Array:
-    return jax.vmap(centring.coordinates)(z)[0]
 
 
 @jax.jit

@@ -1,0 +1,73 @@
+"""What particles move by, learned **crosswise**: each half of a cloud from the other half.
+
+    scale       metric of a half: the covariance of the other half's particles (`scale.py`)
+    centring    coordinates that it is a metric of (`centring.py`), from the other half, too, where the kernel's metric
+                is "auto"
+
+A metric of the very particles that it moves would favour the directions in which they happen to spread, and biases
+log Z (by -.012 a stage for 1000 particles of a Gaussian in 32 dimensions).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ebm_ppl.centring import Centring, coordinates_of, learn_centring
+from ebm_ppl.kernels import Tuning
+from ebm_ppl.scale import DenseScale
+from ebm_ppl.typing import Array
+
+MOST_LEARNED = 1000
+"""Particles of a half that the coordinates of the other are learned from."""
+
+
+def identity_crosswise(dim: int) -> Centring:
+    """For both halves, with leading axis (2,), before anything is known."""
+    return jax.tree.map(lambda x: jnp.stack([x, x]), Centring.identity(dim))
+
+
+def learn_crosswise(first: np.ndarray, second: np.ndarray, sites: np.ndarray) -> Centring:
+    """Coordinates for both halves of the clouds of several runs, with leading axes (run, 2); on the host.
+
+    Args:
+        first, second: particles of each half, (run, num, dim).
+        sites: as of `learn_centring`.
+    """
+
+    def learned(z: np.ndarray) -> Centring:
+        middle = len(z) // 2
+        return learn_centring(z[:middle], z[middle:], sites)
+
+    def together(*trees: Centring) -> Centring:
+        return jax.tree.map(lambda *xs: np.stack(xs), *trees)
+
+    return together(*(together(learned(other), learned(own)) for own, other in zip(first, second, strict=True)))
+
+
+def crosswise(halves: Array, centring: Centring | None, points: Array) -> tuple[DenseScale, Centring | None]:
+    """What both halves of a run move by, with leading axis (2,).
+
+    Args:
+        halves: the particles, (2, num, dim).
+        points: how many independent ones a half is worth.
+    """
+    others = list(halves[::-1] if centring is None else jax.vmap(coordinates_of)(halves[::-1], centring))
+    # Not by vmap: with a batch of matrices the runs would have to go one at a time (`xla.may_run_beside_itself`).
+    scales = [DenseScale.of_cloud(other, points) for other in others]
+    return jax.tree.map(lambda *of_halves: jnp.stack(of_halves), *scales), centring
+
+
+def tuning_of(z: Array, step_size: Array, centring: Centring | None, points: Array | int) -> Tuning:
+    """What a cloud says about moves at its temperature, in the coordinates of its first half.
+
+    Args:
+        z: the particles of a run, (num, dim).
+        centring: of a `Cloud`, with leading axis (2,).
+        points: how many independent ones the particles are worth.
+    """
+    if centring is None:
+        return Tuning(step_size, DenseScale.of_cloud(z, points))
+    own = jax.tree.map(lambda x: x[0], centring)
+    return Tuning(step_size, DenseScale.of_cloud(coordinates_of(z, own), points), own)
