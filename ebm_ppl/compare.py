@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import log_softmax
-from scipy.stats import qmc
 
 from ebm_ppl.evidence import read_log_z
 from ebm_ppl.typing import EnergyError, EnergyWarning, IncomparableError, LogZ
@@ -141,6 +140,8 @@ def _prior(names: list[str], prior: Mapping[str, float] | None) -> np.ndarray:
 
 def _normal_points(dim: int) -> np.ndarray:
     """Evenly spread draws of independent standard normals, (NUM_DRAWS, dim), always the same."""
+    from scipy.stats import qmc  # which takes as long to import as the half of this package
+
     points: Any = qmc.MultivariateNormalQMC(np.zeros(dim), engine=qmc.Sobol(dim, rng=np.random.default_rng(0))).random(
         NUM_DRAWS
     )

@@ -25,8 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import gammaln, logsumexp
-from scipy.special import ndtri
-from scipy.stats import chi2
+from scipy.special import chdtri, ndtri
 
 from ebm_ppl import parallel
 from ebm_ppl.scale import DenseScale
@@ -81,7 +80,7 @@ class StudentMixture(eqx.Module):
         shares = np.cumsum(np.exp(log_weight.astype(float)))
         k = np.minimum(np.searchsorted(shares / shares[-1], u[:, 0], side="right"), len(mean) - 1)
         nu = np.asarray(self.degrees, float)[k]
-        width = np.sqrt(nu / chi2.isf(u[:, 1], nu))
+        width = np.sqrt(nu / chdtri(nu, u[:, 1]))
         x = width[:, None] * ndtri(u[:, 2:])
         z = np.empty_like(x)
         for component in np.unique(k):

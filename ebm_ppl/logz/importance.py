@@ -24,7 +24,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import qmc
 
 from ebm_ppl import parallel
 from ebm_ppl.logz.integral import check_energies, effective_share, pareto_k, relative_error, total_energy
@@ -95,6 +94,8 @@ def _even(seed: int, reference: Rebased, num: int, own: np.ndarray) -> np.ndarra
     Args:
         own: draws of the target's own reference, as many as its share of q can ask for.
     """
+    from scipy.stats import qmc  # which takes as long to import as the half of this package
+
     cube = np.clip(
         qmc.Sobol(reference.dim + 2, bits=32, rng=np.random.default_rng(seed)).random(num), SMALLEST, 1 - SMALLEST
     )

@@ -42,7 +42,6 @@ from blackjax.mcmc import slice as slice_sampling
 from blackjax.ns import adaptive, from_mcmc, nss
 from blackjax.ns.adaptive import AdaptiveNSState
 from blackjax.ns.base import StateWithLogLikelihood
-from scipy.stats import kstest
 
 from ebm_ppl import parallel
 from ebm_ppl.logz.integral import Integral, check_energies, draws_of_reference, total_energy
@@ -291,6 +290,8 @@ class Run(NamedTuple):
     @property
     def p_value(self) -> float:
         """Of the insertion ranks, by Kolmogorov and Smirnov."""
+        from scipy.stats import kstest  # which takes as long to import as the half of this package
+
         return float(kstest(self.ranks[:, 0], "uniform").pvalue) if len(self.ranks) else 1.0
 
     @property
