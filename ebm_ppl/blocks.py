@@ -99,6 +99,10 @@ class Arriving(eqx.Module):
     def site_numbers(self) -> np.ndarray:
         return self.target.site_numbers
 
+    @property
+    def is_hierarchical(self) -> bool:
+        return self.target.is_hierarchical
+
     def staged_terms(self, z: Array) -> tuple[Array, Array]:
         """`(log pi_0(z), (U_prior(z) and what is in, what comes in))`."""
         log_reference, prior, each = self.terms(z)

@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array
 
 FEWEST = 200
@@ -78,7 +79,9 @@ class Centring(eqx.Module):
 
     @classmethod
     def identity(cls, dim: int) -> Centring:
-        zeros, own = jnp.zeros(dim), jnp.arange(dim)
+        """Where nothing drives anything; on the host."""
+        own: Any = np.arange(dim, dtype=jnp.result_type(int))
+        zeros: Any = np.zeros(dim, jnp.result_type(float))
         return cls(own, own, zeros, zeros, zeros)
 
     def place(self, u: Array) -> tuple[Array, Array]:
@@ -119,8 +122,16 @@ def coordinates_of(z: Array, centring: Centring) -> Array:
     return jax.vmap(centring.coordinates)(z)[0]
 
 
-def learn_centring(first: np.ndarray, second: np.ndarray, sites: np.ndarray) -> Centring:
-    """The map that two halves of the draws agree upon, the identity where there is none; on the host.
+def before_learning(target: Tilted) -> Centring | None:
+    """A place for a map in the first program of a sampler, where the model is such that one is likely to be found.
+
+    Without it a program is smaller, compiles sooner and runs faster; a map that is found all the same takes another.
+    """
+    return Centring.identity(target.dim) if target.is_hierarchical else None
+
+
+def learn_centring(first: np.ndarray, second: np.ndarray, sites: np.ndarray) -> Centring | None:
+    """The map that two halves of the draws agree upon, or None where there is none; on the host.
 
     Args:
         first, second: draws, each of shape (num, dim).
@@ -128,17 +139,14 @@ def learn_centring(first: np.ndarray, second: np.ndarray, sites: np.ndarray) -> 
     """
     pooled = np.concatenate([first, second]).astype(float)
     num, dim = pooled.shape
-    own: Any = np.arange(dim, dtype=jnp.arange(0).dtype)
-    zeros: Any = np.zeros(dim, first.dtype)
-    identity = Centring(own, own, zeros, zeros, zeros)
     mean, deviation = np.mean(pooled, axis=0), np.std(pooled, axis=0)
     if num < FEWEST or not 1 < dim <= MOST_COORDINATES or not np.all(np.isfinite(deviation) & (deviation > 0)):
-        return identity
+        return None
     one, other = (first - mean) / deviation, (second - mean) / deviation
     driver = _drivers(_slopes(one), _slopes(other), num, sites)
     driven = driver != np.arange(dim)
     if not np.any(driven):
-        return identity
+        return None
     leader, follow, slope = np.arange(dim), np.zeros(dim), np.zeros(dim)
     for j in np.unique(driver[driven]):
         here = driven & (driver == j)
@@ -148,7 +156,7 @@ def learn_centring(first: np.ndarray, second: np.ndarray, sites: np.ndarray) -> 
         constant, follow[here] = given.location.T
         mean[here] += constant * deviation[here]
     numbers = mean, follow * deviation / deviation[leader], slope / deviation[driver]
-    indices: Any = driver.astype(own.dtype), leader.astype(own.dtype)
+    indices: Any = (x.astype(jnp.result_type(int)) for x in (driver, leader))
     return Centring(*indices, *(x.astype(first.dtype) for x in numbers))
 
 

@@ -38,7 +38,8 @@ def learn_crosswise(first: np.ndarray, second: np.ndarray, sites: np.ndarray) ->
 
     def learned(z: np.ndarray) -> Centring:
         middle = len(z) // 2
-        return learn_centring(z[:middle], z[middle:], sites)
+        found = learn_centring(z[:middle], z[middle:], sites)
+        return Centring.identity(z.shape[1]) if found is None else found
 
     def together(*trees: Centring) -> Centring:
         return jax.tree.map(lambda *xs: np.stack(xs), *trees)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebm_ppl import kernels, parallel, sharding
-from ebm_ppl.centring import Centring, learn_centring
+from ebm_ppl.centring import Centring, before_learning, learn_centring
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning, hmc_state
 from ebm_ppl.sharding import Mesh
 from ebm_ppl.target import Target
@@ -143,16 +143,16 @@ def _warm_up(
             if is_window:
                 records.append((record["z"], record["gradient"], np.array(count)))
         if is_window:
-            if centring is not None:
+            if sampler.metric == "auto":
                 draws = halves([z[:, :count] for z, _, count in records])
-                centring = learn_centring(*draws, target.site_numbers)
+                found = learn_centring(*draws, target.site_numbers)
+                centring = before_learning(target) if found is None else found
             for record in records:
                 learned = parallel.once(learn, sampler, learned, centring, *record)
         adaptations = [part.adaptation for part in state.parts]
-        closing = sampler, learned, centring, adaptations, target.dim, is_window
-        learned, tuning, restarted = parallel.once(end_stretch, *closing)
+        learned, tuning, restarted = parallel.once(end_stretch, sampler, learned, adaptations, target.dim, is_window)
         parts = [part._replace(adaptation=new) for part, new in zip(state.parts, restarted, strict=True)]
-        state = state._replace(parts=parts, tuning=tuning)
+        state = state._replace(parts=parts, tuning=tuning._replace(centring=centring))
     return state, evaluations
 
 
@@ -247,6 +247,8 @@ def _start(
         raise EnergyError(f"init is 'uniform', 'reference' or a dictionary of values by site; got {init!r}.")
     members = parallel.split((np.arange(num_chains), np.zeros(num_chains, int)), most=_most_parts(mesh))
     learned, tuning = parallel.once(unlearned, sampler, target.dim)
+    if sampler.metric == "auto" and not _is_unadjusted(sampler):
+        tuning = tuning._replace(centring=before_learning(target))
     beginning = key, target, start, learned.step_size
     chains, _ = parallel.prepare_over(_chain_at, members[0], *beginning, hurry=True, mesh=mesh).shapes
     tune = target, max(num_warmup, 60)
@@ -287,7 +289,7 @@ def _prepare_steps(target: Target, sampler: Sampler, state: ChainState, learned:
         if is_window:
             parallel.prepare_once(learn, sampler, learned, state.tuning.centring, record, record, count)
         adaptations = [part.adaptation for part in state.parts]
-        parallel.prepare_once(end_stretch, sampler, learned, state.tuning.centring, adaptations, target.dim, is_window)
+        parallel.prepare_once(end_stretch, sampler, learned, adaptations, target.dim, is_window)
 
 
 def _finite_chains(

@@ -35,7 +35,7 @@ from ebm_ppl.xla import compiler_options, may_run_beside_itself
 
 MOST_CALLS = 16
 """Parts on the CPU; a larger batch has several members in each. No matter on which machine, so that draws agree."""
-_COMPILER = ThreadPoolExecutor(1)
+_COMPILER = ThreadPoolExecutor(2)
 
 
 def split(batch: Any, most: int = MOST_CALLS) -> list[Any]:

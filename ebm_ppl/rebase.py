@@ -51,6 +51,10 @@ class Joint(eqx.Module):
     def site_numbers(self) -> np.ndarray:
         return self.target.site_numbers
 
+    @property
+    def is_hierarchical(self) -> bool:
+        return self.target.is_hierarchical
+
     def phases(self) -> list[tuple[Phase, Joint]]:
         """As `Target.phases`: all energies at once."""
         return [("joint", self)]

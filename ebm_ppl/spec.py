@@ -57,6 +57,8 @@ class Spec:
     plate_depth: int
     normalized: frozenset[str]
     """Latent `EnergyDistribution` sites whose log partition function was given."""
+    is_hierarchical: bool
+    """Whether the prior of a latent site, or a prior energy, depends on other latent sites."""
     intractable: tuple[tuple[str, tuple[str, ...]], ...]
     """Sites with an unknown Z(theta), each with the latent sites that it depends on."""
     ignored: tuple[str, ...]
@@ -102,10 +104,12 @@ def analyse(model: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Spec,
     jacobians, shapes = _jacobian_sites(model, args, kwargs, found["latent_names"], values)
     depends = _dependent_partitions(model, dynamic, static, found.pop("partitions"), values)
     names = found.pop("latent_names")
+    prior = frozenset(name for name, role in found["roles"] if role == "prior")
     intractable = tuple((site, latents) for site, latents in depends if site not in found["ignored"])
     spec = Spec(
         latents=tuple((name, shapes[name]) for name in names),
         jacobians=jacobians,
+        is_hierarchical=_is_hierarchical(model, dynamic, static, names, prior, values),
         intractable=intractable,
         **found,
     )
@@ -279,6 +283,23 @@ def _dependent_partitions(
     for name, latents in dependencies(parameters, values, dynamic, jnp.zeros(())).items():
         if latents:
             yield name, tuple(sorted(latents))
+
+
+def _is_hierarchical(
+    model: Callable, dynamic: Any, static: Any, names: tuple[str, ...], prior: frozenset[str], values: dict[str, Any]
+) -> bool:
+    """Whether a log density of the prior's joins two of the named sites."""
+
+    def log_priors(values: dict[str, Array], dynamic: Any) -> dict[str, Array]:
+        args, kwargs = eqx.combine(dynamic, static)
+        recorded = trace(substitute(seed(model, jax.random.key(0)), data=values)).get_trace(*args, **kwargs)
+        with numpyro.validation_enabled(False):
+            return {name: recorded[name]["fn"].log_prob(recorded[name]["value"]) for name in {*names, *prior}}
+
+    if len(names) < 2:
+        return False
+    found = dependencies(log_priors, values, dynamic).values()
+    return any(len(joined & set(names)) > 1 for joined in found)
 
 
 def unconstrained(recorded: Trace, names: tuple[str, ...]) -> dict[str, Array]:

@@ -56,6 +56,9 @@ class Tilted(Protocol):
     @property
     def site_numbers(self) -> np.ndarray: ...
 
+    @property
+    def is_hierarchical(self) -> bool: ...
+
     def require_tractable(self) -> None: ...
 
     def require_reference(self) -> None: ...
@@ -89,6 +92,11 @@ class Target(eqx.Module):
     def site_numbers(self) -> np.ndarray:
         """Which of `latent_names` each coordinate of z belongs to, shape (dim,)."""
         return self.spec.site_numbers
+
+    @property
+    def is_hierarchical(self) -> bool:
+        """Whether the prior of one latent site depends on another."""
+        return self.spec.is_hierarchical
 
     @property
     def latent_names(self) -> tuple[str, ...]:

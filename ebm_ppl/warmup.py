@@ -136,8 +136,7 @@ def unlearned(sampler: Tuned, dim: int) -> tuple[WarmupState, Tuning]:
     """What is known before the warm-up."""
     warmup = warmup_of(sampler, dim)
     learned = warmup.init(dim)
-    centring = Centring.identity(dim) if sampler.metric == "auto" else None
-    return learned, warmup.tuning(learned)._replace(centring=centring)
+    return learned, warmup.tuning(learned)
 
 
 def halves(pieces: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -171,12 +170,7 @@ def learn(
 
 
 def end_stretch(
-    sampler: Tuned,
-    learned: WarmupState,
-    centring: Centring | None,
-    adaptations: list[Any],
-    dim: int,
-    is_window: bool,
+    sampler: Tuned, learned: WarmupState, adaptations: list[Any], dim: int, is_window: bool
 ) -> tuple[WarmupState, Tuning, list[Any]]:
     """What the chains know together, and their step size adaptation for the next stretch."""
     warmup = warmup_of(sampler, dim)
@@ -184,7 +178,7 @@ def end_stretch(
     if is_window:
         learned = warmup.close(learned)
         adaptations = [jax.tree.map(lambda new, old: new + 0 * old, learned.step_size, old) for old in adaptations]
-    return learned, warmup.tuning(learned)._replace(centring=centring), adaptations
+    return learned, warmup.tuning(learned), adaptations
 
 
 def warmup_of(sampler: Tuned, dim: int) -> Warmup:

@@ -56,6 +56,21 @@ def test_terms_add_up_to_numpyros_potential_energy(name):
         np.testing.assert_allclose(gradient, their_gradient, rtol=1e-10, atol=1e-10)
 
 
+HIERARCHICAL = [
+    "dynamic support",
+    "hierarchy",
+    "LocScaleReparam, partly",
+    "scaled model",
+    "tilted with partition",
+    "ignored partition",
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_is_hierarchical_where_the_prior_of_a_site_depends_on_another(name):
+    assert made(name).is_hierarchical == (name in HIERARCHICAL)
+
+
 @pytest.mark.parametrize("name", ["constrained", "dynamic support", "mixture", "tilted in a plate"])
 def test_the_same_against_initialize_model(name):
     case, target = CASES[name], made(name)

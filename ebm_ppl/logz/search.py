@@ -102,7 +102,7 @@ def find_reference(
     if best.seen.effective_share < GOOD_ENOUGH:
         half = len(cloud) // 2
         centring = learn_centring(cloud[:half], cloud[half:], target.site_numbers)
-        if np.any(centring.slope):
+        if centring is not None:
             story.append("scales that follow other coordinates, so the same where they do not:")
             found = _fits(key_learned, target, cloud, centring, modes, log_z, effort, story)
             evaluations, num_nan = evaluations + found.num_evaluations, num_nan + found.num_nan
