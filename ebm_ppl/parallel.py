@@ -178,9 +178,7 @@ def _program(
     of_arrays = jax.jit(lambda *arrays: function(*eqx.combine(arrays, settings)), donate_argnums=(0,) * in_place)
     traced = of_arrays.trace(*jax.tree.unflatten(aval_structure, avals))
     jaxpr = traced.jaxpr.jaxpr
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0} if hurry else {}
-    if jax.default_backend() == "cpu":
-        options |= compiler_options(jaxpr)
+    options = compiler_options(jaxpr, hurry) if jax.default_backend() == "cpu" else {}
     beside_itself = may_run_beside_itself(jaxpr)
     on_mesh = sharding.is_on_mesh(avals)
     if on_mesh and not beside_itself:

@@ -17,6 +17,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+EFFORT, LEAST_EFFORT = 2, 0
+"""Levels of optimisation. The third, XLA's own choice, takes ten times as long over a batch of random numbers, a third
+longer over a program, and none that was measured ran faster for it."""
 SMALL_LOOP = 10**6
 """Most bytes that a round of a loop may touch to be compiled as one call; more take far longer than the calls."""
 SMALL_SCATTER = 2000
@@ -53,18 +56,28 @@ def compile_small_loops() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {option}".strip()
 
 
-def compiler_options(jaxpr: Any) -> dict[str, bool]:
-    """Options for a program on the CPU; a wrong guess costs time, never a wrong number."""
+def compiler_options(jaxpr: Any, hurry: bool) -> dict[str, Any]:
+    """Options for a program on the CPU; a wrong guess costs time, never a wrong number.
+
+    Args:
+        hurry: whether to compile fast rather than well.
+    """
+    effort = {"xla_backend_optimization_level": LEAST_EFFORT if hurry else EFFORT}
+    return effort | ({"xla_cpu_use_fusion_emitters": False} if _has_small_scatters_only(jaxpr) else {})
+
+
+def _has_small_scatters_only(jaxpr: Any) -> bool:
+    """Whether a program has scatters, all of them small, and nothing else that keeps its loops apart."""
     scatters = False
     for eqn in _equations(jaxpr):
         name = eqn.primitive.name
         if name in _NEVER_ONE_CALL or (name == "dot_general" and min(x.aval.ndim for x in eqn.invars) > 1):
-            return {}
+            return False
         if name in _SCATTERS:
             scatters = True
             if eqn.invars[2].aval.size > SMALL_SCATTER:
-                return {}
-    return {"xla_cpu_use_fusion_emitters": False} if scatters else {}
+                return False
+    return scatters
 
 
 def may_run_beside_itself(jaxpr: Any) -> bool:

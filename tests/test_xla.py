@@ -39,6 +39,7 @@ def test_the_setting_is_made_once():
     assert os.environ["XLA_FLAGS"] == before and before.count("xla_backend_extra_options") == 1
 
 
+LEVEL = "xla_backend_optimization_level"
 FEW, MANY = np.arange(50) % 10, np.arange(xla.SMALL_SCATTER + 1) % 10
 
 
@@ -55,7 +56,9 @@ FEW, MANY = np.arange(50) % 10, np.arange(xla.SMALL_SCATTER + 1) % 10
 )
 def test_options_follow_what_a_program_holds(log_density, expected):
     program = jax.jit(lambda z: jax.lax.fori_loop(0, 3, lambda i, z: z - 0.1 * jax.grad(log_density)(z), z))
-    assert xla.compiler_options(program.trace(jnp.ones(10)).jaxpr.jaxpr) == expected
+    jaxpr = program.trace(jnp.ones(10)).jaxpr.jaxpr
+    assert xla.compiler_options(jaxpr, hurry=False) == expected | {LEVEL: xla.EFFORT}
+    assert xla.compiler_options(jaxpr, hurry=True) == expected | {LEVEL: xla.LEAST_EFFORT}
 
 
 def test_both_emitters_compute_the_same_gradient():
