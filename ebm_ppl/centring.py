@@ -130,6 +130,17 @@ def before_learning(target: Tilted) -> Centring | None:
     return Centring.identity(target.dim) if target.is_hierarchical else None
 
 
+def alike(centrings: list[Centring | None]) -> list[Centring | None]:
+    """The same maps, so that they can be stacked: the identity where there is none, if there is one anywhere."""
+    known = next((centring for centring in centrings if centring is not None), None)
+    if known is None:
+        return centrings
+    own = jnp.broadcast_to(jnp.arange(known.driver.shape[-1], dtype=known.driver.dtype), known.driver.shape)
+    zeros = jnp.zeros_like(known.mean)
+    identity = Centring(own, own, zeros, zeros, zeros)
+    return [identity if centring is None else centring for centring in centrings]
+
+
 def learn_centring(first: np.ndarray, second: np.ndarray, sites: np.ndarray) -> Centring | None:
     """The map that two halves of the draws agree upon, or None where there is none; on the host.
 

@@ -14,37 +14,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ebm_ppl.centring import Centring, coordinates_of, learn_centring
+from ebm_ppl.centring import Centring, alike, before_learning, coordinates_of, learn_centring
 from ebm_ppl.kernels import Tuning
 from ebm_ppl.scale import DenseScale
+from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array
 
 MOST_LEARNED = 1000
 """Particles of a half that the coordinates of the other are learned from."""
 
 
-def identity_crosswise(dim: int) -> Centring:
-    """For both halves, with leading axis (2,), before anything is known."""
-    return jax.tree.map(lambda x: jnp.stack([x, x]), Centring.identity(dim))
+def crosswise_before_learning(target: Tilted, num_runs: int) -> Centring | None:
+    """A place for coordinates for both halves of each run, with leading axes (run, 2); see `before_learning`."""
+    place = before_learning(target)
+    return None if place is None else jax.tree.map(lambda x: np.broadcast_to(x, (num_runs, 2, len(x))), place)
 
 
-def learn_crosswise(first: np.ndarray, second: np.ndarray, sites: np.ndarray) -> Centring:
-    """Coordinates for both halves of the clouds of several runs, with leading axes (run, 2); on the host.
+def learn_crosswise(parts: list[np.ndarray], target: Tilted) -> list[Centring | None]:
+    """Coordinates for both halves of the clouds of several runs, with leading axes (run, 2) in each part; on the host.
+
+    All parts have some, or none where no run of any has found any.
 
     Args:
-        first, second: particles of each half, (run, num, dim).
-        sites: as of `learn_centring`.
+        parts: particles of both halves, each (run, 2, num, dim), with as many runs.
     """
 
-    def learned(z: np.ndarray) -> Centring:
+    def learned(z: np.ndarray) -> Centring | None:
         middle = len(z) // 2
-        found = learn_centring(z[:middle], z[middle:], sites)
-        return Centring.identity(z.shape[1]) if found is None else found
+        found = learn_centring(z[:middle], z[middle:], target.site_numbers)
+        return before_learning(target) if found is None else found
 
-    def together(*trees: Centring) -> Centring:
-        return jax.tree.map(lambda *xs: np.stack(xs), *trees)
-
-    return together(*(together(learned(other), learned(own)) for own, other in zip(first, second, strict=True)))
+    found = alike([learned(half) for part in parts for run in part for half in run[::-1]])
+    if found[0] is None:
+        return [None] * len(parts)
+    in_parts = jax.tree.map(lambda *each: np.stack(each).reshape(len(parts), -1, 2, target.dim), *found)
+    return [jax.tree.map(lambda x, i=i: x[i], in_parts) for i in range(len(parts))]
 
 
 def crosswise(halves: Array, centring: Centring | None, points: Array) -> tuple[DenseScale, Centring | None]:

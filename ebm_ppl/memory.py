@@ -8,8 +8,6 @@ A program that cannot fit into its device is refused once it is compiled (`paral
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
 from ebm_ppl import parallel, smc
@@ -31,20 +29,7 @@ def memory(target: Tilted, sampler: SMC, *, num_runs: int = 1, mesh: Mesh | None
         target, sampler, num_runs, mesh: as they will be passed to `log_z`.
     """
     layout, keys, target = smc.laid_out(jax.random.key(0), target, sampler, num_runs, mesh)
-    begun = parallel.prepare_over(smc._initial, keys[0], target, sampler, layout)
-    programs = [begun]
-    for phase, tempered in target.phases():
-        entered = parallel.prepare_over(smc._enter, _results(begun), tempered, phase, layout)
-        member, stage = (keys[0], _results(entered)), jax.ShapeDtypeStruct((), int)
-        shared = tempered, sampler, layout, phase, stage
-        programs += [entered, parallel.prepare_over(smc._stage, member, *shared, in_place=True)]
-    return max(_bytes(program, len(keys)) for program in programs)
-
-
-def _results(program: Program) -> Any:
-    """Shapes of a program's results, which say where these lie."""
-    lie = program.compiled.result().output_shardings
-    return jax.tree.map(lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), program.shapes, lie)
+    return max(_bytes(program, len(keys)) for program in smc.prepare(target, sampler, layout, keys))
 
 
 def _bytes(program: Program, num_parts: int) -> int:

@@ -47,7 +47,7 @@ from blackjax.smc.resampling import systematic
 
 from ebm_ppl import parallel, sharding
 from ebm_ppl.centring import Centring
-from ebm_ppl.crosswise import MOST_LEARNED, crosswise, identity_crosswise, learn_crosswise
+from ebm_ppl.crosswise import MOST_LEARNED, crosswise, crosswise_before_learning, learn_crosswise
 from ebm_ppl.kernels import HMC, MALA, MCLMC
 from ebm_ppl.moves import move
 from ebm_ppl.sharding import Layout, Mesh
@@ -170,11 +170,14 @@ def run(
     target.require_tractable()
     target.require_reference()
     layout, keys, target = laid_out(key, target, sampler, num_runs, mesh)
+    if next_phase is None:
+        prepare(target, sampler, layout, keys)
     clouds = parallel.over(_initial, keys, target, sampler, layout)
     log_z, infos = {}, []
     known = iter(target.phases())
     while coming := next_phase(clouds) if next_phase else next(known, None):
         phase, tempered = coming
+        clouds = [cloud._replace(centring=None) for cloud in clouds]
         clouds = parallel.over(_enter, clouds, tempered, phase, layout)
         check_start(np.concatenate([cloud.energy for cloud in clouds]), phase)
         first = len(infos)
@@ -211,6 +214,26 @@ def laid_out(
     return layout, *sharding.everywhere((keys, target), layout.mesh)
 
 
+def prepare(target: Tilted, sampler: SMC, layout: Layout, keys: list[Array]) -> list[parallel.Program]:
+    """Starts to compile all that a run needs, unless it learns coordinates where none were expected."""
+
+    def results(program: parallel.Program) -> Any:
+        if layout.mesh is None:
+            return program.shapes
+        lie = program.compiled.result().output_shardings
+        return jax.tree.map(lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), program.shapes, lie)
+
+    place = crosswise_before_learning(target, len(keys[0])) if sampler.kernel.metric == "auto" else None
+    begun = parallel.prepare_over(_initial, keys[0], target, sampler, layout)
+    programs, cloud = [begun], results(begun)
+    for phase, tempered in target.phases():
+        entered = parallel.prepare_over(_enter, cloud, tempered, phase, layout)
+        member = keys[0], results(entered)._replace(centring=sharding.everywhere(place, layout.mesh))
+        shared = tempered, sampler, layout, phase, jax.ShapeDtypeStruct((), int)
+        programs += [entered, parallel.prepare_over(_stage, member, *shared, in_place=True)]
+    return programs
+
+
 def lagging(drift: float) -> tuple[str, ...]:
     """The doubt about particles that lag behind their targets, by the largest drift, where they do."""
     if not drift > UNSETTLED:
@@ -231,8 +254,7 @@ def _initial(key: PRNGKey, target: Tilted, sampler: SMC, layout: Layout) -> Clou
     ensemble = no_ensemble(z, sampler.persistence)
     log_weight = jnp.full_like(ensemble.energy, -jnp.inf).at[:, 0].set(-jnp.log(num))
     eve = jnp.arange(num)
-    centring = identity_crosswise(target.dim) if sampler.kernel.metric == "auto" else None
-    cloud = Cloud(z, zeros, zeros, eve, zero, step_size, zero, zeros, ensemble, log_weight, zero, drift, zero, centring)
+    cloud = Cloud(z, zeros, zeros, eve, zero, step_size, zero, zeros, ensemble, log_weight, zero, drift, zero)
     return _lying(cloud, layout)
 
 
@@ -278,7 +300,8 @@ def _run_phase(
     with tqdm(total=1.0, desc=f"SMC {phase}", disable=not progress_bar, bar_format=_BAR) as bar:
         while under_way := [i for i, cloud in enumerate(clouds) if np.any(np.asarray(cloud.beta) < 1.0)]:
             stage = np.array(first + len(infos) + 1)
-            members = [(keys[i], _in_new_coordinates(clouds[i], target.site_numbers, layout)) for i in under_way]
+            now = _in_new_coordinates([clouds[i] for i in under_way], target, sampler, layout)
+            members = list(zip((keys[i] for i in under_way), now, strict=True))
             results = parallel.over(_stage, members, target, sampler, layout, phase, stage, in_place=True)
             parts: list[Any] = [[np.full(len(cloud.beta), np.nan)] * len(StageInfo._fields) for cloud in clouds]
             for i, ((keys[i], clouds[i]), info) in zip(under_way, results, strict=True):
@@ -292,14 +315,18 @@ def _run_phase(
     return clouds, infos
 
 
-def _in_new_coordinates(cloud: Cloud, sites: np.ndarray, layout: Layout) -> Cloud:
-    """The clouds of several runs, which know coordinates for their next moves."""
-    if cloud.centring is None:
-        return cloud
-    num = cloud.z.shape[1] // 2
+def _in_new_coordinates(clouds: list[Cloud], target: Tilted, sampler: SMC, layout: Layout) -> list[Cloud]:
+    """The clouds of several runs, in parts, which know coordinates for their next moves."""
+    if sampler.kernel.metric != "auto":
+        return clouds
+    num = sampler.num_particles // 2
     few = min(num, MOST_LEARNED)
-    first, second = (np.asarray(sharding.gathered(cloud.z[:, start : start + few])) for start in (0, num))
-    return cloud._replace(centring=sharding.everywhere(learn_crosswise(first, second, sites), layout.mesh))
+    both = [np.asarray(sharding.gathered([cloud.z[:, start : start + few] for start in (0, num)])) for cloud in clouds]
+    found = learn_crosswise([np.swapaxes(halves, 0, 1) for halves in both], target)
+    return [
+        cloud._replace(centring=sharding.everywhere(centring, layout.mesh))
+        for cloud, centring in zip(clouds, found, strict=True)
+    ]
 
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"

@@ -43,7 +43,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from ebm_ppl import parallel, smc
-from ebm_ppl.centring import Centring
+from ebm_ppl.centring import Centring, alike
 from ebm_ppl.crosswise import tuning_of
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Tuning
 from ebm_ppl.logz.integral import (
@@ -183,6 +183,8 @@ def find_path(key: PRNGKey, target: Tilted, method: Annealing) -> tuple[Path, Dr
     while room < len(tunings):
         room *= 2
     tunings += tunings[-1:] * (room - len(tunings))
+    centrings = alike([tuning.centring for tuning in tunings])
+    tunings = [tuning._replace(centring=own) for tuning, own in zip(tunings, centrings, strict=True)]
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *tunings)
     keys = jax.random.split(key_lengths, (method.num_stages, method.num_moves))
     num_steps = parallel.once(_num_steps, keys, tuned, stacked, method.pilot.kernel, target.dim)

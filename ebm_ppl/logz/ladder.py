@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebm_ppl import parallel, smc
-from ebm_ppl.centring import Centring
+from ebm_ppl.centring import Centring, alike
 from ebm_ppl.crosswise import tuning_of
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel
 from ebm_ppl.logz.integral import (
@@ -92,7 +92,9 @@ def climb(key: PRNGKey, target: Tilted, pilot: SMC, num_chains: int, num_warmup:
     num_nan = check_energies(at_zero, "draws of the reference")
 
     keys = jax.random.split(key_chains, len(clouds))
-    starts = [Rung(key, c.beta, c.z, c.step_size, c.centring) for key, c in zip(keys, clouds, strict=True)]
+    centrings = alike([cloud.centring for cloud in clouds])
+    parts = zip(keys, clouds, centrings, strict=True)
+    starts = [Rung(key, c.beta, c.z, c.step_size, centring) for key, c, centring in parts]
     rungs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
     # One rung to a part, so that their number, which the pilot chooses, is no part of the compiled shapes.
     parts = parallel.split(rungs, most=len(clouds))
