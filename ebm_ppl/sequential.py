@@ -41,9 +41,10 @@ from scipy.special import logsumexp
 from ebm_ppl import parallel
 from ebm_ppl.arviz import Coords, Dims, to_datatree
 from ebm_ppl.blocks import Arriving, Position, at, blocks, energies_of_observations, layout
+from ebm_ppl.cloud import Cloud
 from ebm_ppl.evidence import read_log_z, weigh
 from ebm_ppl.probe import check_tails
-from ebm_ppl.smc import SMC, Cloud
+from ebm_ppl.smc import SMC
 from ebm_ppl.stages import SMALLEST_STEP
 from ebm_ppl.target import Phase, Target
 from ebm_ppl.typing import ArrayLike, EnergyError, LogZ, PRNGKey, TemperingStalledError, as_key, error_of_mean, log_mean

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,15 +46,15 @@ from blackjax.smc.ess import log_ess
 from blackjax.smc.resampling import systematic
 
 from ebm_ppl import parallel, sharding
-from ebm_ppl.centring import Centring
-from ebm_ppl.crosswise import MOST_LEARNED, crosswise, crosswise_before_learning, learn_crosswise
+from ebm_ppl.cloud import Cloud, enter, in_new_coordinates, initial, lying, terms_of
+from ebm_ppl.crosswise import crosswise, crosswise_before_learning
 from ebm_ppl.kernels import HMC, MALA, MCLMC
 from ebm_ppl.moves import move
 from ebm_ppl.sharding import Layout, Mesh
 from ebm_ppl.stages import StageInfo, as_path, check, check_start, final_values, phase_estimates
 from ebm_ppl.target import Phase, Tilted
 from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey
-from ebm_ppl.weighing import Ensemble, join, no_ensemble, weigh
+from ebm_ppl.weighing import join, weigh
 
 UNSETTLED = 4.0
 
@@ -117,35 +117,6 @@ class SMC:
             )
 
 
-class Cloud(NamedTuple):
-    """The particles of one run, equally weighted, and what has been learned so far."""
-
-    z: Array
-    """(N, dim)"""
-    base: Array
-    """Log density that is not tempered in this phase, (N,)."""
-    energy: Array
-    """Energy that is tempered in this phase, (N,)."""
-    eve: Array
-    """Index of the initial particle from which each descends, (N,)."""
-    beta: Array
-    step_size: Array
-    log_z: Array
-    influence: Array
-    """Of the family of each initial particle on log Z of this phase, (N,)."""
-    ensemble: Ensemble
-    """Particles of this and the last stages before resampling, and their normalised log weights, (N, R)."""
-    log_weight: Array
-    variance: Array
-    """Relative variance of this phase's part of Z, once it is done."""
-    drift: Array
-    """How far the moves of all stages have carried each coordinate's mean, in standard deviations, (dim,)."""
-    drift_noise: Array
-    """Variance of it for particles that follow their targets."""
-    centring: Centring | None = None
-    """Coordinates in which each half moves, with leading axis (2,)."""
-
-
 def run(
     key: PRNGKey,
     target: Tilted,
@@ -172,13 +143,13 @@ def run(
     layout, keys, target = laid_out(key, target, sampler, num_runs, mesh)
     if next_phase is None:
         prepare(target, sampler, layout, keys)
-    clouds = parallel.over(_initial, keys, target, sampler, layout)
+    clouds = parallel.over(initial, keys, target, sampler.num_particles, sampler.persistence, layout)
     log_z, infos = {}, []
     known = iter(target.phases())
     while coming := next_phase(clouds) if next_phase else next(known, None):
         phase, tempered = coming
         clouds = [cloud._replace(centring=None) for cloud in clouds]
-        clouds = parallel.over(_enter, clouds, tempered, phase, layout)
+        clouds = parallel.over(enter, clouds, tempered, phase, layout)
         check_start(np.concatenate([cloud.energy for cloud in clouds]), phase)
         first = len(infos)
         clouds, passed = _run_phase(keys, tempered, sampler, layout, phase, clouds, first, progress_bar, visit)
@@ -224,10 +195,10 @@ def prepare(target: Tilted, sampler: SMC, layout: Layout, keys: list[Array]) -> 
         return jax.tree.map(lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), program.shapes, lie)
 
     place = crosswise_before_learning(target, len(keys[0])) if sampler.kernel.metric == "auto" else None
-    begun = parallel.prepare_over(_initial, keys[0], target, sampler, layout)
+    begun = parallel.prepare_over(initial, keys[0], target, sampler.num_particles, sampler.persistence, layout)
     programs, cloud = [begun], results(begun)
     for phase, tempered in target.phases():
-        entered = parallel.prepare_over(_enter, cloud, tempered, phase, layout)
+        entered = parallel.prepare_over(enter, cloud, tempered, phase, layout)
         member = keys[0], results(entered)._replace(centring=sharding.everywhere(place, layout.mesh))
         shared = tempered, sampler, layout, phase, jax.ShapeDtypeStruct((), int)
         programs += [entered, parallel.prepare_over(_stage, member, *shared, in_place=True)]
@@ -246,48 +217,12 @@ def lagging(drift: float) -> tuple[str, ...]:
     )
 
 
-def _initial(key: PRNGKey, target: Tilted, sampler: SMC, layout: Layout) -> Cloud:
-    num = sampler.num_particles
-    z = layout.over(target.sample_reference)(jax.random.split(jax.random.fold_in(key, 0), num))
-    zero, zeros = jnp.zeros((), z.dtype), jnp.zeros(num, z.dtype)
-    step_size, drift = zero + target.dim**-0.25, jnp.zeros(target.dim, z.dtype)
-    ensemble = no_ensemble(z, sampler.persistence)
-    log_weight = jnp.full_like(ensemble.energy, -jnp.inf).at[:, 0].set(-jnp.log(num))
-    eve = jnp.arange(num)
-    cloud = Cloud(z, zeros, zeros, eve, zero, step_size, zero, zeros, ensemble, log_weight, zero, drift, zero)
-    return _lying(cloud, layout)
-
-
-def _lying(cloud: Cloud, layout: Layout) -> Cloud:
-    """Vectors for each particle over the devices, and whatever is a number everywhere."""
-    z, before = layout.spread((cloud.z, cloud.ensemble.z))
-    numbers = layout.everywhere(cloud._replace(z=None, ensemble=cloud.ensemble._replace(z=None)))
-    return numbers._replace(z=z, ensemble=numbers.ensemble._replace(z=before))
-
-
-def _enter(cloud: Cloud, target: Tilted, phase: str, layout: Layout) -> Cloud:
-    """The same particles at the start of another phase."""
-    base, energy = layout.over(lambda z: _split(target, phase, z))(cloud.z)
-    zero, zeros = jnp.zeros_like(cloud.log_z), jnp.zeros_like(cloud.influence)
-    ensemble = no_ensemble(cloud.z, len(cloud.ensemble.beta))
-    start = {"beta": zero, "log_z": zero, "influence": zeros, "ensemble": ensemble, "variance": zero}
-    return _lying(cloud._replace(base=base, energy=energy, **start), layout)
-
-
-def _split(target: Tilted, phase: str, z: Array) -> tuple[Array, Array]:
-    """Log density that stays, and energy that is tempered."""
-    log_reference, (prior, data) = target.staged_terms(z)
-    if phase == "joint":
-        return log_reference, prior + data
-    return (log_reference, prior) if phase == "prior" else (log_reference - prior, data)
-
-
 def _run_phase(
     keys: list[Array],
     target: Tilted,
     sampler: SMC,
     layout: Layout,
-    phase: str,
+    phase: Phase,
     clouds: list[Cloud],
     first: int,
     progress_bar: bool,
@@ -300,7 +235,9 @@ def _run_phase(
     with tqdm(total=1.0, desc=f"SMC {phase}", disable=not progress_bar, bar_format=_BAR) as bar:
         while under_way := [i for i, cloud in enumerate(clouds) if np.any(np.asarray(cloud.beta) < 1.0)]:
             stage = np.array(first + len(infos) + 1)
-            now = _in_new_coordinates([clouds[i] for i in under_way], target, sampler, layout)
+            now = [clouds[i] for i in under_way]
+            if sampler.kernel.metric == "auto":
+                now = in_new_coordinates(now, target, layout)
             members = list(zip((keys[i] for i in under_way), now, strict=True))
             results = parallel.over(_stage, members, target, sampler, layout, phase, stage, in_place=True)
             parts: list[Any] = [[np.full(len(cloud.beta), np.nan)] * len(StageInfo._fields) for cloud in clouds]
@@ -315,25 +252,11 @@ def _run_phase(
     return clouds, infos
 
 
-def _in_new_coordinates(clouds: list[Cloud], target: Tilted, sampler: SMC, layout: Layout) -> list[Cloud]:
-    """The clouds of several runs, in parts, which know coordinates for their next moves."""
-    if sampler.kernel.metric != "auto":
-        return clouds
-    num = sampler.num_particles // 2
-    few = min(num, MOST_LEARNED)
-    both = [np.asarray(sharding.gathered([cloud.z[:, start : start + few] for start in (0, num)])) for cloud in clouds]
-    found = learn_crosswise([np.swapaxes(halves, 0, 1) for halves in both], target)
-    return [
-        cloud._replace(centring=sharding.everywhere(centring, layout.mesh))
-        for cloud, centring in zip(clouds, found, strict=True)
-    ]
-
-
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
 def _stage(
-    member: tuple[PRNGKey, Cloud], target: Tilted, sampler: SMC, layout: Layout, phase: str, stage: Array
+    member: tuple[PRNGKey, Cloud], target: Tilted, sampler: SMC, layout: Layout, phase: Phase, stage: Array
 ) -> tuple[tuple[PRNGKey, Cloud], StageInfo]:
     """One stage of a run, or none if it is done: some of its part may be."""
     key, cloud = member
@@ -341,11 +264,11 @@ def _stage(
     done = cloud.beta >= 1.0
     kept = jax.tree.map(lambda new, old: jnp.where(done, old, new), after, cloud)
     info = jax.tree.map(lambda x: jnp.where(done, jnp.nan, x), info)
-    return (key, _lying(kept, layout)), layout.everywhere(info)
+    return (key, lying(kept, layout)), layout.everywhere(info)
 
 
 def _one_stage(
-    key: PRNGKey, target: Tilted, sampler: SMC, layout: Layout, phase: str, cloud: Cloud
+    key: PRNGKey, target: Tilted, sampler: SMC, layout: Layout, phase: Phase, cloud: Cloud
 ) -> tuple[Cloud, StageInfo]:
     """Weigh, resample, move: from the temperature of the cloud to the next one."""
     num, length = sampler.num_particles, sampler.chain_length
@@ -361,7 +284,7 @@ def _one_stage(
     ess = jnp.exp(log_ess(weighed.log_weight.ravel()))
 
     def log_density(z: Array) -> Array:
-        base, energy = _split(target, phase, z)
+        base, energy = terms_of(target, phase, z)
         return base - beta * energy
 
     resampled = layout.spread(before[ancestors].reshape(2, num // 2, -1), axis=1)
@@ -373,7 +296,7 @@ def _one_stage(
         key_move, start, log_density, sampler.kernel, sampler.num_moves, cloud.step_size, coordinates, layout, length
     )
     z = layout.spread(chains.reshape(num, -1))
-    base, new_energy = layout.over(lambda z: _split(target, phase, z))(z)
+    base, new_energy = layout.over(lambda z: terms_of(target, phase, z))(z)
     log_z = cloud.log_z + weighed.increment
     newest = jax.nn.softmax(jnp.where(jnp.isfinite(energy), -weighed.step * energy, -jnp.inf))
     carried = jnp.mean(z, axis=0) - newest @ cloud.z

@@ -80,7 +80,7 @@ MUTATIONS = (
     ),
     Mutation(
         "prior energy dropped from the base of the data phase",
-        "smc.py",
+        "cloud.py",
         "(log_reference - prior, data)",
         "(log_reference, data)",
         (_smc("three_roles"),),

@@ -421,4 +421,4 @@ def test_runs_of_a_model_without_linear_algebra_go_in_threads(monkeypatch):
 
     monkeypatch.setattr(parallel, "prepare_over", recorded)
     ebm.log_z(jax.random.key(0), PROBLEMS["regression"].target(), ebm.SMC(num_particles=100), num_runs=2)
-    assert in_threads == {"_initial": True, "_enter": True, "_stage": True}
+    assert in_threads == {"initial": True, "enter": True, "_stage": True}

@@ -44,6 +44,7 @@ from scipy.interpolate import PchipInterpolator
 
 from ebm_ppl import parallel, smc
 from ebm_ppl.centring import Centring, alike
+from ebm_ppl.cloud import Cloud
 from ebm_ppl.crosswise import tuning_of
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Tuning
 from ebm_ppl.logz.integral import (
@@ -169,7 +170,7 @@ def find_path(key: PRNGKey, target: Tilted, method: Annealing) -> tuple[Path, Dr
     key_pilot, key_lengths = jax.random.split(key)
     betas, tunings = [0.0], []
 
-    def learn(clouds: list[smc.Cloud]) -> None:
+    def learn(clouds: list[Cloud]) -> None:
         cloud = jax.tree.map(lambda x: x[0], clouds[0])
         betas.append(float(cloud.beta))
         share = np.float64(method.pilot.target_ess)

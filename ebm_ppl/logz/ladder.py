@@ -21,6 +21,7 @@ import numpy as np
 
 from ebm_ppl import parallel, smc
 from ebm_ppl.centring import Centring, alike
+from ebm_ppl.cloud import Cloud
 from ebm_ppl.crosswise import tuning_of
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel
 from ebm_ppl.logz.integral import (
@@ -33,7 +34,7 @@ from ebm_ppl.logz.integral import (
     total_energy,
 )
 from ebm_ppl.rebase import Joint
-from ebm_ppl.smc import SMC, UNSETTLED, Cloud
+from ebm_ppl.smc import SMC, UNSETTLED
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, PRNGKey
 
