@@ -6,7 +6,7 @@
 
 With four chains a window carries four times the information, and trajectories of the chains agree better in length.
 A dense metric is trusted only as far as two halves of the chains agree on it: its correlations R are shrunk to
-`k R + (1 - k) I`, with the k under which each half best predicts the other.
+`k R + (1 - k) I`, with the k under which each half best predicts the other, or to I, where they gain next to nothing.
 
 References:
     Carpenter et al. (2017), Stan; Hoffman and Gelman (2014), The No-U-Turn Sampler; Seyboldt et al. (2026) for the
@@ -43,6 +43,9 @@ DAMPING, DAMPING_DELAY = 0.1, 20
 """Twice Stan's. A step size that swings wide is too small on average, and a mean over chains keeps that bias."""
 KEEP = (0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
 """Candidates for the share of the correlations that a dense metric keeps."""
+WORTHWHILE = 0.025
+"""Nats a draw and dimension by which correlations must predict the other half better than none: what they gain less,
+the noise in them costs in step size."""
 
 
 class Tuned(Protocol):
@@ -274,7 +277,8 @@ def _agreed_covariance(first: Array, second: Array, gap: Array) -> Array:
     between = jnp.outer(gap, gap)
     keep = jnp.asarray(KEEP, first.dtype)
     loss = _held_out(first, second + between, keep) + _held_out(second, first + between, keep)
-    best = keep[jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))]
+    loss = jnp.where(jnp.isfinite(loss), loss, jnp.inf).at[0].add(-4 * WORTHWHILE * len(first))
+    best = keep[jnp.argmin(loss)]
     covariance = (first + second) / 2 + between / 4
     return best * covariance + (1 - best) * jnp.diag(jnp.diag(covariance))
 
