@@ -96,6 +96,10 @@ class Arriving(eqx.Module):
     axes: Axes = eqx.field(static=True)
 
     @property
+    def dim(self) -> int:
+        return self.target.dim
+
+    @property
     def site_numbers(self) -> np.ndarray:
         return self.target.site_numbers
 
