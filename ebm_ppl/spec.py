@@ -243,8 +243,7 @@ def _jacobian_sites(
     seen: set[str] = set()
 
     def point(values: dict[str, Array], dynamic: Any) -> dict[str, Array]:
-        args, kwargs = eqx.combine(dynamic, static)
-        recorded = trace(substitute(seed(model, jax.random.key(0)), data=values)).get_trace(*args, **kwargs)
+        recorded = _recorded_at(model, dynamic, static, values)
         seen.update(recorded)
         return unconstrained(recorded, names)
 
@@ -270,8 +269,7 @@ def _dependent_partitions(
 
     def parameters(values: dict[str, Array], dynamic: Any, probe: Array) -> dict[str, Any]:
         """All that Z is a function of: the energy and the base at points that do not depend on any site."""
-        args, kwargs = eqx.combine(dynamic, static)
-        recorded = trace(substitute(seed(model, jax.random.key(0)), data=values)).get_trace(*args, **kwargs)
+        recorded = _recorded_at(model, dynamic, static, values)
         found = {}
         for name in sites:
             tilts = [tilt for tilt in tilted_parts(recorded[name]["fn"]) if not tilt.is_normalized]
@@ -285,14 +283,19 @@ def _dependent_partitions(
             yield name, tuple(sorted(latents))
 
 
+def _recorded_at(model: Callable, dynamic: Any, static: Any, values: dict[str, Array]) -> Trace:
+    """The model's trace at given values of its sites."""
+    args, kwargs = eqx.combine(dynamic, static)
+    return trace(substitute(seed(model, jax.random.key(0)), data=values)).get_trace(*args, **kwargs)
+
+
 def _is_hierarchical(
     model: Callable, dynamic: Any, static: Any, names: tuple[str, ...], prior: frozenset[str], values: dict[str, Any]
 ) -> bool:
     """Whether a log density of the prior's joins two of the named sites."""
 
     def log_priors(values: dict[str, Array], dynamic: Any) -> dict[str, Array]:
-        args, kwargs = eqx.combine(dynamic, static)
-        recorded = trace(substitute(seed(model, jax.random.key(0)), data=values)).get_trace(*args, **kwargs)
+        recorded = _recorded_at(model, dynamic, static, values)
         with numpyro.validation_enabled(False):
             return {name: recorded[name]["fn"].log_prob(recorded[name]["value"]) for name in {*names, *prior}}
 
