@@ -78,10 +78,10 @@ class Centring(eqx.Module):
     """a"""
 
     @classmethod
-    def identity(cls, dim: int) -> Centring:
-        """Where nothing drives anything; on the host."""
-        own: Any = np.arange(dim, dtype=jnp.result_type(int))
-        zeros: Any = np.zeros(dim, jnp.result_type(float))
+    def identity(cls, dim: int, *batch: int) -> Centring:
+        """Where nothing drives anything, as many of it as a batch has; on the host."""
+        own: Any = np.broadcast_to(np.arange(dim, dtype=jnp.result_type(int)), (*batch, dim))
+        zeros: Any = np.zeros((*batch, dim), jnp.result_type(float))
         return cls(own, own, zeros, zeros, zeros)
 
     def place(self, u: Array) -> tuple[Array, Array]:
@@ -122,12 +122,12 @@ def coordinates_of(z: Array, centring: Centring) -> Array:
     return jax.vmap(centring.coordinates)(z)[0]
 
 
-def before_learning(target: Tilted) -> Centring | None:
+def before_learning(target: Tilted, *batch: int) -> Centring | None:
     """A place for a map in the first program of a sampler, where the model is such that one is likely to be found.
 
     Without it a program is smaller, compiles sooner and runs faster; a map that is found all the same takes another.
     """
-    return Centring.identity(target.dim) if target.is_hierarchical else None
+    return Centring.identity(target.dim, *batch) if target.is_hierarchical else None
 
 
 def alike(centrings: list[Centring | None]) -> list[Centring | None]:
@@ -135,9 +135,8 @@ def alike(centrings: list[Centring | None]) -> list[Centring | None]:
     known = next((centring for centring in centrings if centring is not None), None)
     if known is None:
         return centrings
-    own = jnp.broadcast_to(jnp.arange(known.driver.shape[-1], dtype=known.driver.dtype), known.driver.shape)
-    zeros = jnp.zeros_like(known.mean)
-    identity = Centring(own, own, zeros, zeros, zeros)
+    *batch, dim = known.driver.shape
+    identity = Centring.identity(dim, *batch)
     return [identity if centring is None else centring for centring in centrings]
 
 

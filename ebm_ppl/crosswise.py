@@ -24,12 +24,6 @@ MOST_LEARNED = 1000
 """Particles of a half that the coordinates of the other are learned from."""
 
 
-def crosswise_before_learning(target: Tilted, num_runs: int) -> Centring | None:
-    """A place for coordinates for both halves of each run, with leading axes (run, 2); see `before_learning`."""
-    place = before_learning(target)
-    return None if place is None else jax.tree.map(lambda x: np.broadcast_to(x, (num_runs, 2, len(x))), place)
-
-
 def learn_crosswise(parts: list[np.ndarray], target: Tilted) -> list[Centring | None]:
     """Coordinates for both halves of the clouds of several runs, with leading axes (run, 2) in each part; on the host.
 

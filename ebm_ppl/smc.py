@@ -46,8 +46,9 @@ from blackjax.smc.ess import log_ess
 from blackjax.smc.resampling import systematic
 
 from ebm_ppl import parallel, sharding
+from ebm_ppl.centring import before_learning
 from ebm_ppl.cloud import Cloud, enter, in_new_coordinates, initial, lying, terms_of
-from ebm_ppl.crosswise import crosswise, crosswise_before_learning
+from ebm_ppl.crosswise import crosswise
 from ebm_ppl.kernels import HMC, MALA, MCLMC
 from ebm_ppl.moves import move
 from ebm_ppl.sharding import Layout, Mesh
@@ -194,7 +195,7 @@ def prepare(target: Tilted, sampler: SMC, layout: Layout, keys: list[Array]) -> 
         lie = program.compiled.result().output_shardings
         return jax.tree.map(lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), program.shapes, lie)
 
-    place = crosswise_before_learning(target, len(keys[0])) if sampler.kernel.metric == "auto" else None
+    place = before_learning(target, len(keys[0]), 2) if sampler.kernel.metric == "auto" else None
     begun = parallel.prepare_over(initial, keys[0], target, sampler.num_particles, sampler.persistence, layout)
     programs, cloud = [begun], results(begun)
     for phase, tempered in target.phases():
