@@ -15,6 +15,8 @@ from ebm_ppl import mcmc
 from ebm_ppl.warmup import windows
 
 SAMPLERS = {"NUTS": ebm.NUTS(), "HMC": ebm.HMC(), "MALA": ebm.MALA(), "MCLMC": ebm.MCLMC()}
+NUM_SAMPLES = {"MALA": 2_000, "HMC": 1_000}
+"""Of each chain: for MALA a draw is one leapfrog step, for HMC about two on the easier problems."""
 PAIRS = [(sampler, name) for name, problem in PROBLEMS.items() for sampler in CHAINS if sampler in problem.samplers]
 NUM_SCORES = sum(2 * np.size(mean) for _, name in PAIRS for mean in PROBLEMS[name].means.values())
 SEEDS = range(3)
@@ -33,7 +35,7 @@ def test_moments(sampler, name):
             target,
             SAMPLERS[sampler],
             num_warmup=500,
-            num_samples=2_000 if sampler == "MALA" else 500,  # it makes one leapfrog step a draw
+            num_samples=NUM_SAMPLES.get(sampler, 500),
             progress_bar=False,
             log_likelihood=False,
         )["posterior"]
