@@ -155,7 +155,11 @@ class LogZ:
         return self.value
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.std_error:.3f}" + (" (in doubt: see its doubts)" if self.doubts else "")
+        decimals = 3
+        if 0 < self.std_error < 0.01:  # two digits of the error, down to what double precision leaves of log Z
+            decimals = min(1 - math.floor(math.log10(self.std_error)), 6)
+        doubt = " (in doubt: see its doubts)" if self.doubts else ""
+        return f"{self.value:.{decimals}f} ± {self.std_error:.{decimals}f}{doubt}"
 
     def _combine(self, other: LogZ | float, sign: float) -> LogZ:
         if not isinstance(other, LogZ):

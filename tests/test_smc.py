@@ -304,6 +304,10 @@ def test_arithmetic_of_log_z():
     np.testing.assert_allclose(shifted.replicates, [1.9, 2.1])
     assert sum([a, b], ebm.LogZ(0.0, 0.0)).value == 4.0
     assert float(a) == 3.0 and str(a) == "3.000 ± 0.300"
+    assert str(ebm.LogZ(1.2345678, 0.00026)) == "1.23457 ± 0.00026"
+    assert [str(ebm.LogZ(1.0, error)) for error in (0.0, math.inf, math.nan, 1e-9)] == [
+        *("1.000 ± 0.000", "1.000 ± inf", "1.000 ± nan", "1.000000 ± 0.000000")
+    ]
     with pytest.raises(ebm.IncomparableError):
         a - dataclasses.replace(b, data_id="other")
 
