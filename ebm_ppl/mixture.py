@@ -36,6 +36,8 @@ DEGREES = (3.0, 5.0, 8.0, 15.0, 40.0, 200.0, 2000.0)
 TAILS = 4.0
 """Degrees of freedom of what guards the tails."""
 MOST_COMPONENTS = 64
+FAR = 10.0
+"""From which on three terms of Stirling's series give the gamma function to 1e-10."""
 POINTS_PER_COMPONENT = 2
 """Effective points for each dimension of a component, at least."""
 RESTARTS = 2
@@ -115,8 +117,25 @@ class StudentMixture(eqx.Module):
         """`log a_k t(z)` of each component, (K,), from the squared distances."""
         dim, nu = self.mean.shape[1], self.degrees
         log_volume = -jnp.sum(jnp.log(jnp.diagonal(self.inverse, axis1=1, axis2=2)), axis=1)
-        constant = gammaln((nu + dim) / 2) - gammaln(nu / 2) - dim / 2 * jnp.log(nu * jnp.pi)
-        return self.log_weight + constant - log_volume - (nu + dim) / 2 * jnp.log1p(distances / nu)
+        return self.log_weight + _log_peak(nu, dim) - log_volume - (nu + dim) / 2 * jnp.log1p(distances / nu)
+
+
+def _log_peak(nu: Array, dim: int) -> Array:
+    """Log density of a standard Student t at its mode, `log( Gamma((nu + dim)/2) / Gamma(nu/2) / (nu pi)^(dim/2) )`.
+
+    The two gamma functions of a thousand degrees of freedom differ by less than single precision resolves them to. So
+    their large parts, Stirling's, are subtracted first, with x = nu/2 and h = dim/2.
+    """
+    x, h = nu / 2, dim / 2
+    large = (x + h - 0.5) * jnp.log1p(h / x) - h - h * math.log(2 * math.pi)
+    return large + _beyond_stirling(x + h) - _beyond_stirling(x)
+
+
+def _beyond_stirling(x: Array) -> Array:
+    """`log Gamma(x) - ( (x - 1/2) log x - x + log(2 pi)/2 )`, to 1e-10 from x = 1 on."""
+    small, big = jnp.minimum(x, FAR), jnp.maximum(x, FAR)
+    stirling = (small - 0.5) * jnp.log(small) - small + 0.5 * math.log(2 * math.pi)
+    return jnp.where(x < FAR, gammaln(small) - stirling, 1 / (12 * big) - 1 / (360 * big**3) + 1 / (1260 * big**5))
 
 
 def fit_mixture(key: PRNGKey, z: Array, weights: Array, start: StudentMixture | None = None) -> StudentMixture:

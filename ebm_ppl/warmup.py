@@ -40,8 +40,8 @@ MAX_RANK = 20
 BUFFER = 512
 """Draws that the low-rank metric is learned from."""
 DAMPING, DAMPING_DELAY = 0.2, 20
-"""Four times and twice Stan's. The average of a step size that swings wide is too small: acceptance falls ever faster as
-the step grows, so that swings about the step wanted accept too little, and a mean over chains keeps that bias."""
+"""Four times and twice Stan's. The average of a step size that swings wide is too small: acceptance falls ever faster
+as the step grows, so that swings about the step wanted accept too little, and a mean over chains keeps that bias."""
 KEEP = (0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
 """Candidates for the share of the correlations that a dense metric keeps."""
 WORTHWHILE = 0.025

@@ -7,9 +7,10 @@ import numpyro.distributions as dist
 import pytest
 import scipy.stats as st
 from limits import z_limit
+from scipy.special import gammaln
 from scipy.stats import qmc
 
-from ebm_ppl.mixture import TAILS, StudentMixture, fit_mixture
+from ebm_ppl.mixture import DEGREES, TAILS, StudentMixture, _log_peak, fit_mixture
 
 NUM_POINTS, NUM_DRAWS = 1000, 20_000
 
@@ -46,6 +47,16 @@ def independent_draws(num):
 
 def draws_from_a_cube(num):
     return made().from_cube(np.random.default_rng(0).uniform(size=(num, 4)))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 10, 33, 400])
+def test_its_constant_is_exact_in_single_precision(dim):
+    """Gamma functions of a thousand degrees of freedom are resolved to .0005 there; their ratio must be to far less."""
+    for nu in (*DEGREES, TAILS):
+        exact = gammaln((nu + dim) / 2) - gammaln(nu / 2) - dim / 2 * np.log(nu * np.pi)
+        single, double = (float(_log_peak(jnp.asarray(nu, dtype), dim)) for dtype in (np.float32, np.float64))
+        assert abs(double - exact) < 1e-10, nu
+        assert abs(single - exact) < 4 * np.finfo(np.float32).eps * (3 * dim + abs(exact)), nu
 
 
 @pytest.mark.parametrize("draws", [independent_draws, draws_from_a_cube])
