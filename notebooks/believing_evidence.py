@@ -166,28 +166,28 @@ print("the others, less what log_z says:", [f"{run.value - best:+.3f} ± {run.st
 # %% [markdown]
 # ## A mend that can be checked: the same model without its mirror image
 #
-# Let the first group be that of shorter petals. As a prior energy, that is a wall: no density where the means are in
-# the wrong order. It takes half of the prior, so that log Z of the prior is -log 2, and half of the posterior. The
-# evidence, their difference, is **the same number**, and no mirror image is left to be missed. (Bridge sampling still
-# has its doubts: it runs chains of the prior, too, and trajectories that hit the wall count as divergent. A doubt is a
-# reason to look, not a verdict.)
+# Let the first group be that of shorter petals, and describe the two means by their middle and their gap. Of two
+# independent draws of $N(4, 2)$ the middle is $N(4, \sqrt 2)$, and the gap, whichever is the larger, half normal with
+# scale $2 \sqrt 2$: the prior is the old one, with each pair of mirror images counted once. So the evidence is **the
+# same number**, and no mirror image is left to be missed.
+#
+# A chain can still be caught, where the gap is nearly zero and the groups have each other's widths. Then it disagrees
+# with the others, and the run says so: now its silence means something.
 
 
 # %%
 def in_order(y):
     share = numpyro.sample("share", dist.Beta(2, 2))
+    middle = numpyro.sample("middle", dist.Normal(4, np.sqrt(2)))
+    gap = numpyro.sample("gap", dist.HalfNormal(2 * np.sqrt(2)))
+    mean = jnp.stack([middle - gap / 2, middle + gap / 2])
     with numpyro.plate("group", 2):
-        mean = numpyro.sample("mean", dist.Normal(4, 2))
         deviation = numpyro.sample("deviation", dist.LogNormal(-0.5, 0.5))
-    ebm.energy_factor("order", jnp.where(mean[0] < mean[1], 0.0, jnp.inf), role="prior")
     group = dist.Categorical(jnp.stack([share, 1 - share]))
     with numpyro.plate("flower", len(y)):
         numpyro.sample("y", dist.MixtureSameFamily(group, dist.Normal(mean, deviation)), obs=y)
 
 
 ordered = ebm.target(in_order, petals)
-for name, method in (("SMC", opinions["SMC"]), ("bridge sampling", shorter)):
-    mended = ebm.log_z(jax.random.key(3), ordered, method)
-    print(f"in order, {name}: {mended}, log Z of the prior {mended.parts['prior']:.3f} (exactly {-np.log(2):.3f})")
-    for doubt in mended.doubts:
-        print(f"doubt: {doubt}")
+for seed in range(1 if FAST else 4):
+    print(f"in order, bridge sampling: {ebm.log_z(jax.random.key(3 + seed), ordered, shorter)}")
