@@ -16,84 +16,59 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from typing import NamedTuple
 
 import numpy as np
-from estimate import Estimate
+import numpyro
 from evidence import gauss
+from log_z import COLUMNS, INTERVAL, RESAMPLES, Runs, as_header, as_row
 from peers import TOOLS
 
 import ebm_ppl as ebm
 
 NAMES = ("SMC", "FittedReference", "BlackJAX tempered")
 WANTED = 0.1
-RESAMPLES = 2000
-INTERVAL = 0.8
 
 
-class Cost(NamedTuple):
-    """Runs of a tool in one dimension."""
-
-    dim: int
-    errors: np.ndarray
-    stated: np.ndarray
-    evaluations: np.ndarray
-    num_doubted: int
-    seconds: float
-    """Of a run, after the first."""
-
-    def wanted(self, chosen: np.ndarray | slice = slice(None)) -> float:
-        """Evaluations for an error of `WANTED`."""
-        return float(np.mean(self.evaluations[chosen]) * np.mean(self.errors[chosen] ** 2) / WANTED**2)
-
-    def resampled(self, rng: np.random.Generator) -> float:
-        return self.wanted(rng.integers(len(self.errors), size=len(self.errors)))
-
-    def row(self, name: str) -> str:
-        cells = (
-            *(name, str(self.dim), str(len(self.errors)), f"{np.mean(self.errors):+.3f}"),
-            *(f"{np.sqrt(np.mean(self.errors**2)):.3f}", f"{np.mean(self.stated):.3f}"),
-            *(f"{np.mean(self.evaluations) / 1000:.0f}", f"{self.wanted() / 1000:.3g}"),
-            *(str(self.num_doubted), f"{self.seconds:.1f}"),
-        )
-        return f"| {' | '.join(cells)} |"
-
-
-def cost(name: str, dim: int, seeds: int) -> Cost:
-    """All seeds of a tool in one dimension."""
+def runs_of(name: str, dim: int, seeds: int) -> Runs:
+    """All seeds of a tool in one dimension, one after the other in this process."""
     problem = gauss(dim)
-    run, found, seconds = TOOLS[name](problem.target), [], []
+    run, records = TOOLS[name](problem.target), []
     for seed in range(seeds):
         start = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ebm.EnergyWarning)  # doubts are counted
-            found.append(run(seed))
-        seconds.append(time.perf_counter() - start)
-    return _of_runs(dim, problem.log_z, found, float(np.median(seconds[1:] or seconds)))
+            found = run(seed)
+        records.append(
+            {
+                "outcome": "done",
+                "exact": problem.log_z,
+                "tolerance": problem.tolerance,
+                "value": found.value,
+                "std_error": found.std_error,
+                "evaluations": found.evaluations,
+                "doubts": found.doubts,
+                "cold": seed == 0,
+                "seconds": time.perf_counter() - start,
+            }
+        )
+    return Runs(records)
 
 
-def _of_runs(dim: int, exact: float, found: list[Estimate], seconds: float) -> Cost:
-    return Cost(
-        dim,
-        errors=np.array([run.value for run in found]) - exact,
-        stated=np.array([np.nan if run.std_error is None else run.std_error for run in found]),
-        evaluations=np.array([run.evaluations for run in found]),
-        num_doubted=sum(bool(run.doubts) for run in found),
-        seconds=seconds,
-    )
+def wanted(merit: float) -> float:
+    """Evaluations for an error of `WANTED`."""
+    return (merit / WANTED) ** 2
 
 
-def exponent(costs: list[Cost]) -> str:
+def exponent(runs: dict[int, Runs]) -> str:
     """The slope of log evaluations over log d, with its bootstrap interval over seeds."""
-    log_dims = np.log([each.dim for each in costs])
     rng = np.random.default_rng(0)
 
-    def slope(wanted: list[float]) -> float:
-        return float(np.polyfit(log_dims, np.log(wanted), 1)[0])
+    def slope(merits: list[float]) -> float:
+        return float(np.polyfit(np.log(list(runs)), np.log([wanted(merit) for merit in merits]), 1)[0])
 
-    slopes = [slope([each.resampled(rng) for each in costs]) for _ in range(RESAMPLES)]
+    slopes = [slope([each.resampled(rng) for each in runs.values()]) for _ in range(RESAMPLES)]
     low, high = np.quantile(slopes, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
-    return f"{slope([each.wanted() for each in costs]):.2f} ({low:.2f} to {high:.2f})"
+    return f"{slope([each.merit() for each in runs.values()]):.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:
@@ -102,22 +77,16 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", default=list(NAMES), choices=list(TOOLS))
     parser.add_argument("--seeds", type=int, default=8, help="runs of each tool in each dimension")
     options = parser.parse_args()
-    import numpyro
-
     numpyro.enable_x64()
-    columns = (
-        *("tool", "d", "seeds", "mean error", "rmse", "stated error", "evaluations / 1000"),
-        *("the same for an error of .1", "doubted", "warm s"),
-    )
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
+    print(as_header("d", *COLUMNS[1:], f"evaluations / 1000 for {WANTED}"), flush=True)
     exponents = []
     for name in options.tools:
-        costs = []
+        runs: dict[int, Runs] = {}
         for dim in options.dims:
-            costs.append(cost(name, dim, options.seeds))
-            print(costs[-1].row(name), flush=True)
-        if len(costs) > 1:
-            exponents.append(f"{name}: evaluations for an error of .1 grow as d to the power {exponent(costs)}")
+            runs[dim] = runs_of(name, dim, options.seeds)
+            print(as_row(str(dim), name, *runs[dim].row(), f"{wanted(runs[dim].merit()) / 1000:.3g}"), flush=True)
+        if len(runs) > 1:
+            exponents.append(f"{name}: evaluations for an error of {WANTED} grow as d to the power {exponent(runs)}")
     print("", *exponents, sep="\n")
 
 

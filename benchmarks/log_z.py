@@ -242,9 +242,9 @@ def print_tables(records: list[Record]) -> None:
         grouped = {tool: [record for record in of_problem if record["tool"] == tool] for tool in TOOLS}
         found[problem] = {tool: Runs(runs) for tool, runs in grouped.items() if runs}
     print(*sorted({record["versions"] for record in records}), sep="\n")
-    print("\n" + _header(*COLUMNS))
+    print("\n" + as_header(*COLUMNS))
     for problem, tools in found.items():
-        print(*(_row(problem, tool, *runs.row()) for tool, runs in tools.items()), sep="\n")
+        print(*(as_row(problem, tool, *runs.row()) for tool, runs in tools.items()), sep="\n")
     notes = [
         f"- {problem}, {tool}: {note}"
         for problem, tools in found.items()
@@ -262,7 +262,7 @@ def print_ratios(found: dict[str, dict[str, Runs]]) -> None:
     for problem, tools in found.items():
         for peer in [name for name in tools if name in PEERS]:
             cells = {tool: ratio(tools.get(tool), tools[peer]) for tool in present}
-            rows.append(_row(problem, peer, *(cell for cell, _ in cells.values())))
+            rows.append(as_row(problem, peer, *(cell for cell, _ in cells.values())))
             for tool, (_, value) in cells.items():
                 ratios[tool] += [value] if math.isfinite(value) else []
     if not present or not rows:
@@ -271,18 +271,18 @@ def print_ratios(found: dict[str, dict[str, Runs]]) -> None:
         f"\nError of the peer over ours at equal evaluations ({INTERVAL:.0%} bootstrap interval over seeds), and the "
         "goal that this meets: our error a fifth of theirs, or half. A question mark: not by the whole interval.\n"
     )
-    print(_header("problem", "peer", *present), *rows, "", sep="\n")
+    print(as_header("problem", "peer", *present), *rows, "", sep="\n")
     for tool, values in ratios.items():
         met = [f"{name} in {sum(value >= least for value in values)}" for name, least in GOALS.items()]
         print(f"{tool}: of {len(values)} comparisons it meets {', '.join(met)}.")
 
 
-def _row(*cells: str) -> str:
+def as_row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _header(*columns: str) -> str:
-    return f"{_row(*columns)}\n|{' --- |' * len(columns)}"
+def as_header(*columns: str) -> str:
+    return f"{as_row(*columns)}\n|{' --- |' * len(columns)}"
 
 
 def arguments() -> argparse.Namespace:
