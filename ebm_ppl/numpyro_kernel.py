@@ -107,8 +107,12 @@ class NumPyroKernel(MCMCKernel):
         return jax.vmap(one)(key_chain, init_params) if chain_axis else one(key_chain, init_params)
 
     def sample(self, state, model_args, model_kwargs):
+        phases = jnp.append(jnp.asarray(schedule(self._num_warmup), int), FROZEN)
+        # One phase for all chains: of a phase for each, a batch would compute all that any phase does, at every step.
+        phase = phases[jnp.minimum(jnp.ravel(state.i)[0], self._num_warmup)]
+
         def one(state: KernelState) -> KernelState:
-            return self._sample_one(state, model_args, model_kwargs)
+            return self._sample_one(state, phase, model_args, model_kwargs)
 
         return jax.vmap(one)(state) if jnp.ndim(state.rng_key) > 0 else one(state)
 
@@ -170,11 +174,9 @@ class NumPyroKernel(MCMCKernel):
             key,
         )
 
-    def _sample_one(self, state: KernelState, args: tuple, kwargs: dict[str, Any] | None) -> KernelState:
+    def _sample_one(self, state: KernelState, phase: Array, args: tuple, kwargs: dict[str, Any] | None) -> KernelState:
         at, kernel = self._target(args, kwargs), self.sampler.kernel()
         warmup = self._warmup(at.dim)
-        phases = jnp.append(jnp.asarray(schedule(self._num_warmup), int), FROZEN)
-        phase = phases[jnp.minimum(state.i, self._num_warmup)]
         key, key_length, key_step = jax.random.split(state.rng_key, 3)
         learned = state.adapt_state.warmup
         current = jnp.exp(learned.step_size.log_step_size)
