@@ -1,4 +1,4 @@
-"""BlackJAX's Markov kernels behind one signature; with `warmup.py` all that knows BlackJAX's MCMC interface.
+"""BlackJAX's Markov kernels behind one signature; with `metric.py` and `warmup.py` all that knows BlackJAX's MCMC.
 
     kernel.init(z, log_density) -> state                            state.position is z, .logdensity log p(z)
     kernel.length(key, tuning, dim) -> num_steps                    drawn once for all chains of a batch
@@ -60,10 +60,11 @@ class NUTS:
     Args:
         target_accept: acceptance statistic that the warm-up aims at.
         max_tree_depth: at most `2**max_tree_depth - 1` leapfrog steps in a trajectory.
-        metric: inverse mass matrix: `"diag"`, `"dense"` (its correlations shrunk as far as the chains disagree on
-            them), `"low_rank"`, or `"auto"`: dense in up to 128 dimensions, else diagonal plus low rank, and in
-            coordinates that the warm-up non-centres, as far as the draws show one coordinate's scale to depend on
-            another (`centring.py`). Draws, gradients and densities are those of the model all the same.
+        metric: inverse mass matrix: `"diag"`, `"dense"` (of draws and gradients, its correlations shrunk as far as the
+            chains disagree on them; `metric.py`), `"low_rank"`, or `"auto"`: dense in up to 128 dimensions, else
+            diagonal plus low rank, and in coordinates that the warm-up non-centres, as far as the draws show one
+            coordinate's scale to depend on another (`centring.py`). Draws, gradients and densities are those of the
+            model all the same.
 
     References:
         Hoffman and Gelman (2014), The No-U-Turn Sampler; Betancourt (2017), A conceptual introduction to HMC;
