@@ -32,7 +32,7 @@ from ebm_ppl.runs import Batch, check_continues, contradiction, estimate, join, 
 from ebm_ppl.sharding import Mesh
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target
-from ebm_ppl.typing import Draws, EnergyError, EnergyWarning, LogZ, PRNGKey, as_key
+from ebm_ppl.typing import Draws, EnergyError, EnergyWarning, LogZ, PRNGKey, as_key, with_error
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -303,7 +303,7 @@ def _of_prior(found: LogZ, target: Target) -> list[str]:
     if not abs(found.value) > UNLIKELY * found.std_error:
         return []
     return [
-        f"log Z of the prior came out as {found.value:.2f} ± {found.std_error:.2f}, but it should be 0, since the "
+        f"log Z of the prior came out as {with_error(found.value, found.std_error)}, but it should be 0, since the "
         f"log_partition of {', '.join(map(repr, sorted(names)))} was given. Either that is wrong, or the particles did "
         "not mix: use more num_moves or num_particles, another parametrisation, or sampler=NUTS()."
     ]

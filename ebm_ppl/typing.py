@@ -5,6 +5,7 @@ partition function of energies `U_k` under a normalised reference `pi_0` is
 
     Z = E_{pi_0}[ exp(-sum_k beta_k U_k) ]            log Z: `LogZ.value`
     independent runs together                         `pooled`: averages on the scale of Z
+    a value and its error, for people                 `with_error`
 """
 
 from __future__ import annotations
@@ -155,11 +156,7 @@ class LogZ:
         return self.value
 
     def __str__(self) -> str:
-        decimals = 3
-        if 0 < self.std_error < 0.01:  # two digits of the error, down to what double precision leaves of log Z
-            decimals = min(1 - math.floor(math.log10(self.std_error)), 6)
-        doubt = " (in doubt: see its doubts)" if self.doubts else ""
-        return f"{self.value:.{decimals}f} ± {self.std_error:.{decimals}f}{doubt}"
+        return with_error(self.value, self.std_error) + " (in doubt: see its doubts)" * bool(self.doubts)
 
     def _combine(self, other: LogZ | float, sign: float) -> LogZ:
         if not isinstance(other, LogZ):
@@ -209,6 +206,14 @@ class Draws:
     stages: dict[str, np.ndarray] | None = None
     log_z: dict[str, np.ndarray] | None = None
     tempering: dict[str, np.ndarray] | None = None
+
+
+def with_error(value: float, std_error: float) -> str:
+    """ "value ± standard error", with three decimals, or two digits of an error that is smaller than that."""
+    decimals = 3
+    if 0 < std_error < 0.01:  # down to what double precision leaves of log Z
+        decimals = min(1 - math.floor(math.log10(std_error)), 6)
+    return f"{value:.{decimals}f} ± {std_error:.{decimals}f}"
 
 
 def log_mean(log_values: np.ndarray) -> float:

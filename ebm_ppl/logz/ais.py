@@ -26,7 +26,7 @@ from ebm_ppl.logz.annealing import (
 )
 from ebm_ppl.logz.integral import FEW, LARGEST_K, Integral, effective_share, pareto_k, relative_error
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import PRNGKey, log_mean
+from ebm_ppl.typing import PRNGKey, log_mean, with_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class AIS(Annealing):
             story=(
                 told(pilot),
                 f"{self.num_chains} chains of {self.num_stages} stages, {share:.0%} effective, Pareto k {k:.2f}: "
-                f"log Z {value:.3f} ± {std_error:.3f}, {spent:.0f} evaluations",
+                f"log Z {with_error(value, std_error)}, {spent:.0f} evaluations",
             ),
             doubts=tuple(doubts),
             diagnostics={"effective_share": share, "pareto_k": k, "bias": -(std_error**2) / 2},

@@ -56,7 +56,7 @@ from ebm_ppl.logz.integral import (
 from ebm_ppl.rebase import Joint
 from ebm_ppl.smc import SMC, UNSETTLED
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import Array, DegenerateParticlesError, Draws, EnergyError, PRNGKey
+from ebm_ppl.typing import Array, DegenerateParticlesError, Draws, EnergyError, PRNGKey, with_error
 
 BLOCKS = 16
 """Of chains, for the error of a bound: it has one degree of freedom fewer."""
@@ -132,9 +132,9 @@ def doubts_of_pilot(pilot: Draws, value: float, std_error: float) -> list[str]:
         )
     if abs(value - opinion) > CONTRADICTION * math.hypot(std_error, noise):
         doubts.append(
-            f"The pilot's log Z ({opinion:.2f} ± {noise:.2f}) contradicts that of the annealed chains ({value:.2f} ± "
-            f"{std_error:.2f}): one of them is wrong, and the error bar does not say by how much. A larger pilot, or a "
-            "reparametrised model, helps."
+            f"The pilot's log Z ({with_error(opinion, noise)}) contradicts that of the annealed chains "
+            f"({with_error(value, std_error)}): one of them is wrong, and the error bar does not say by "
+            "how much. A larger pilot, or a reparametrised model, helps."
         )
     return doubts
 
@@ -143,7 +143,7 @@ def told(pilot: Draws) -> str:
     value, std_error, *_ = opinion_of(pilot)
     num_stages = (pilot.stages or {})["beta"].shape[1]
     return (
-        f"pilot of {len(pilot.z[0])} particles and {num_stages} stages: log Z {value:.3f} ± {std_error:.3f}, "
+        f"pilot of {len(pilot.z[0])} particles and {num_stages} stages: log Z {with_error(value, std_error)}, "
         f"{spent_on(pilot):.0f} evaluations"
     )
 

@@ -39,7 +39,7 @@ from ebm_ppl.logz.annealing import (
 from ebm_ppl.logz.integral import Integral, relative_error
 from ebm_ppl.rebase import Joint
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey, log_mean
+from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey, log_mean, with_error
 
 BOUND_ERRORS = 2.0
 """Standard errors that a bound leaves to chance."""
@@ -123,7 +123,7 @@ class BDMC(Annealing):
                 told(pilot),
                 f"{self.num_chains} chains of {self.num_stages} stages from the reference: log Z above {lower:.3f}",
                 f"as many back from {origin}: log Z below {upper:.3f}; the bounds are {kind}",
-                f"Bennett's acceptance ratio: log Z {value:.3f} ± {std_error:.3f}, {2 * spent:.0f} evaluations",
+                f"Bennett's acceptance ratio: log Z {with_error(value, std_error)}, {2 * spent:.0f} evaluations",
             ),
             doubts=tuple(doubts_of_pilot(pilot, value, std_error) + _disagreement(lower, upper, kind)),
             diagnostics={

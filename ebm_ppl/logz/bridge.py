@@ -46,7 +46,7 @@ from ebm_ppl.logz.integral import LARGEST_RHAT, Integral, check_energies, disagr
 from ebm_ppl.mixture import DEGREES, StudentMixture, fit_mixture
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.target import Target, Tilted
-from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, PRNGKey
+from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, PRNGKey, with_error
 
 LARGE_ERROR = 0.3
 """Relative error of Z beyond which its logarithm is not normally distributed."""
@@ -126,7 +126,7 @@ class Bridge:
                 f"{self.num_chains} chains of {self.num_samples} draws: R-hat {rhat:.3f}, {divergent} divergences",
                 f"{of_posterior.size} draws of the posterior, worth {bridged.effective:.0f}, and {num} of the "
                 f"{'warped normal' if self.warp else 'mixture'} fitted to the others: "
-                f"log Z {bridged.value:.3f} ± {bridged.std_error:.3f}",
+                f"log Z {with_error(bridged.value, bridged.std_error)}",
             ),
             doubts=tuple(_doubts(bridged, rhat, divergent)),
             diagnostics={"rhat": rhat, "num_divergent": divergent, "effective_draws": bridged.effective},

@@ -29,7 +29,7 @@ from ebm_ppl.logz.search import GOOD_ENOUGH
 from ebm_ppl.rebase import Joint
 from ebm_ppl.smc import SMC, lagging, run
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import EnergyError, NonFiniteEnergyError, PRNGKey
+from ebm_ppl.typing import EnergyError, NonFiniteEnergyError, PRNGKey, with_error
 
 MOST_COORDINATES = 40
 """Of a target for nested sampling, each of whose births costs some slices along every coordinate."""
@@ -153,7 +153,7 @@ def _answer(first: Integral, second: Integral) -> tuple[Integral, str]:
     """What two opinions, of which the first is not clean, come to."""
     gap = second.value - first.value
     noise = math.hypot(first.std_error, second.std_error)
-    compared = f"{first.value:.3f} ± {first.std_error:.3f} and {second.value:.3f} ± {second.std_error:.3f}"
+    compared = f"{with_error(first.value, first.std_error)} and {with_error(second.value, second.std_error)}"
     if not (first.doubts or second.doubts) and abs(gap) <= CONTRADICTION * noise:
         return min(first, second, key=lambda opinion: opinion.std_error), f"{compared}: both are clean, and agree"
     if first.doubts and not second.doubts and gap > -CONTRADICTION * noise:

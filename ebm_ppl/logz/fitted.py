@@ -35,7 +35,7 @@ from ebm_ppl.logz.search import Effort, find_reference
 from ebm_ppl.rebase import Rebased
 from ebm_ppl.smc import SMC, UNSETTLED
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import EnergyError, PRNGKey
+from ebm_ppl.typing import EnergyError, PRNGKey, with_error
 
 IMPORTANCE = "importance sampling"
 """The branch of weights that behave."""
@@ -102,7 +102,7 @@ class FittedReference:
         final = draw(key_final, found.reference, _enough(found.seen, search, self))
         story.append(
             f"{final.num} fresh draws, {final.effective_share:.0%} effective, Pareto k {final.pareto_k:.2f}: "
-            f"log Z {final.value:.3f} ± {final.std_error:.3f}"
+            f"log Z {with_error(final.value, final.std_error)}"
         )
         share = max(found.seen.effective_share, final.effective_share)
         near = found.reference if share >= SMALL_SHARE else None
@@ -186,8 +186,9 @@ def _doubts(estimate: Opinion, branch: str, pilot: Pilot, final: Weighed) -> lis
         # Weights that behave cannot make up mass, and others miss some: that they differ so is no contradiction.
         if gap > CONTRADICTION or (gap < -CONTRADICTION and by_path and name == "the pilot"):
             doubts.append(
-                f"The log Z of {name} ({value:.2f} ± {std_error:.2f}) contradicts the estimate ({estimate.value:.2f} ± "
-                f"{estimate.std_error:.2f}): one of them is wrong, and the error bar does not say by how much. {REMEDY}"
+                f"The log Z of {name} ({with_error(value, std_error)}) contradicts the estimate "
+                f"({with_error(estimate.value, estimate.std_error)}): one of them is wrong, and the error bar does not "
+                f"say by how much. {REMEDY}"
             )
     if by_path and estimate.drift > UNSETTLED:
         doubts.append(

@@ -35,6 +35,7 @@ from ebm_ppl.typing import (
     PRNGKey,
     error_of_mean,
     log_mean,
+    with_error,
 )
 
 LARGEST_RHAT = 1.05
@@ -156,7 +157,7 @@ class Opinion(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.value:.3f} ± {self.std_error:.3f}, drift {self.drift:.1f}, {self.num_evaluations:.0f} evaluations"
+            f"{with_error(self.value, self.std_error)}, drift {self.drift:.1f}, {self.num_evaluations:.0f} evaluations"
         )
 
 

@@ -36,7 +36,7 @@ from ebm_ppl.logz.integral import (
 from ebm_ppl.rebase import Joint
 from ebm_ppl.smc import SMC, UNSETTLED
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import Array, PRNGKey
+from ebm_ppl.typing import Array, PRNGKey, with_error
 
 LOW_ACCEPTANCE = 0.3
 
@@ -187,8 +187,8 @@ def doubts_of(ladder: Ladder, value: float, std_error: float) -> list[str]:
         )
     elif abs(value - opinion.value) > CONTRADICTION * math.hypot(std_error, opinion.std_error):
         doubts.append(
-            f"The pilot's log Z ({opinion.value:.2f} ± {opinion.std_error:.2f}) contradicts that of the ladder "
-            f"({value:.2f} ± {std_error:.2f}): one of them is wrong, and the error bar does not say by how "
+            f"The pilot's log Z ({with_error(opinion.value, opinion.std_error)}) contradicts that of the ladder "
+            f"({with_error(value, std_error)}): one of them is wrong, and the error bar does not say by how "
             "much. More steps (num_warmup, num_draws), a larger pilot or a reparametrised model help."
         )
     return doubts

@@ -46,7 +46,7 @@ from blackjax.ns.base import StateWithLogLikelihood
 from ebm_ppl import parallel
 from ebm_ppl.logz.integral import Integral, check_energies, draws_of_reference, total_energy
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import Array, DegenerateParticlesError, EnergyError, NonFiniteEnergyError, PRNGKey
+from ebm_ppl.typing import Array, DegenerateParticlesError, EnergyError, NonFiniteEnergyError, PRNGKey, with_error
 
 SLICES_PER_DIM = 5
 """Slices of a newborn point in each coordinate, unless set."""
@@ -123,7 +123,7 @@ class NestedSampling:
         story = (
             f"{self.num_live} live points from {drawn.num} draws of the reference, {len(run.steps)} steps of "
             f"{self.num_delete} deaths to the last {self.remaining:g} nats: information {information:.2f} nats, memory "
-            f"{run.memory:.2f}, p of the insertion ranks {run.p_value:.2g}, log Z {value:.3f} ± {std_error:.3f}"
+            f"{run.memory:.2f}, p of the insertion ranks {run.p_value:.2g}, log Z {with_error(value, std_error)}"
         )
         found = Integral(
             value=value,

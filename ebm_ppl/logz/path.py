@@ -25,7 +25,7 @@ from ebm_ppl.logz.integral import Integral, effective_size
 from ebm_ppl.logz.ladder import Rungs, climb, doubts_of
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import EnergyError, PRNGKey
+from ebm_ppl.typing import EnergyError, PRNGKey, with_error
 
 FEWEST = 4
 """Chains, and draws of each, that an error can be read from."""
@@ -209,7 +209,7 @@ class _OfLadder:
         story = (
             f"pilot of {self.pilot.num_particles} particles: log Z {ladder.opinion}",
             f"{self.num_chains} chains of {self.num_draws} draws at each of {len(ladder.rungs.beta)} rungs: "
-            f"log Z {found.value:.3f} ± {found.std_error:.3f}",
+            f"log Z {with_error(found.value, found.std_error)}",
             *found.story,
         )
         return Integral(

@@ -26,7 +26,7 @@ from ebm_ppl.logz.path import FEWEST, error_of, multistate
 from ebm_ppl.logz.replicas import rejections, round_trips
 from ebm_ppl.logz.rounds import Run
 from ebm_ppl.target import Target, Tilted
-from ebm_ppl.typing import Draws, EnergyError, PRNGKey
+from ebm_ppl.typing import Draws, EnergyError, PRNGKey, with_error
 
 FEWEST_MOVES = 4
 """Of the first round."""
@@ -103,7 +103,7 @@ class ParallelTempering:
                 f"{self.num_rounds} rounds of tuning to {self.num_draws >> 1} moves: communication barrier "
                 + ", ".join(f"{barrier:.1f}" for barrier in run.barriers[:-1]),
                 f"{self.num_replicas} replicas of {self.num_draws} draws at {len(run.beta)} rungs: {passage}",
-                f"MBAR of all rungs: log Z {value:.3f} ± {std_error:.3f}, {run.num_evaluations:.0f} evaluations",
+                f"MBAR of all rungs: log Z {with_error(value, std_error)}, {run.num_evaluations:.0f} evaluations",
             ),
             doubts=tuple(_doubts(passage, self)),
             diagnostics={"num_rungs": len(run.beta), **passage._asdict()},
