@@ -3,6 +3,7 @@
     scale       metric of a half: the covariance of the other half's particles (`scale.py`)
     centring    coordinates that it is a metric of (`centring.py`), from the other half, too, where the kernel's metric
                 is "auto"
+    centre      mean of the other half in these coordinates, for proposals around it
 
 A metric of the very particles that it moves would favour the directions in which they happen to spread, and biases
 log Z (by -.012 a stage for 1000 particles of a Gaussian in 32 dimensions).
@@ -45,7 +46,7 @@ def learn_crosswise(parts: list[np.ndarray], target: Tilted) -> list[Centring | 
     return [jax.tree.map(lambda x, i=i: x[i], in_parts) for i in range(len(parts))]
 
 
-def crosswise(halves: Array, centring: Centring | None, points: Array) -> tuple[DenseScale, Centring | None]:
+def crosswise(halves: Array, centring: Centring | None, points: Array) -> tuple[DenseScale, Centring | None, Array]:
     """What both halves of a run move by, with leading axis (2,).
 
     Args:
@@ -55,7 +56,8 @@ def crosswise(halves: Array, centring: Centring | None, points: Array) -> tuple[
     others = list(halves[::-1] if centring is None else jax.vmap(coordinates_of)(halves[::-1], centring))
     # Not by vmap: with a batch of matrices the runs would have to go one at a time (`xla.may_run_beside_itself`).
     scales = [DenseScale.of_cloud(other, points) for other in others]
-    return jax.tree.map(lambda *of_halves: jnp.stack(of_halves), *scales), centring
+    centres = jnp.stack([jnp.mean(other, axis=0) for other in others])
+    return jax.tree.map(lambda *of_halves: jnp.stack(of_halves), *scales), centring, centres
 
 
 def tuning_of(z: Array, step_size: Array, centring: Centring | None, points: Array | int) -> Tuning:
@@ -66,7 +68,6 @@ def tuning_of(z: Array, step_size: Array, centring: Centring | None, points: Arr
         centring: of a `Cloud`, with leading axis (2,).
         points: how many independent ones the particles are worth.
     """
-    if centring is None:
-        return Tuning(step_size, DenseScale.of_cloud(z, points))
     own = jax.tree.map(lambda x: x[0], centring)
-    return Tuning(step_size, DenseScale.of_cloud(coordinates_of(z, own), points), own)
+    u = z if own is None else coordinates_of(z, own)
+    return Tuning(step_size, DenseScale.of_cloud(u, points), own, jnp.mean(u, axis=0))

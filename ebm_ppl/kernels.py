@@ -43,6 +43,8 @@ class Tuning(NamedTuple):
     scale: Scale
     """Of the non-centred coordinates, where there are any."""
     centring: Centring | None = None
+    centre: Any = None
+    """Mean of particles in the same coordinates, (dim,), where it is known: `independence.py` alone needs it."""
 
 
 class Kernel(NamedTuple):
@@ -51,6 +53,8 @@ class Kernel(NamedTuple):
     init: Callable[..., State]
     step: Callable[[PRNGKey, State, LogDensity, Any, Array], tuple[State, Stats]]
     length: Callable[[PRNGKey, Tuning, int], Array] = lambda key, tuning, dim: jnp.ones((), int)
+    jumps: int = 0
+    """Evaluations of a step beside those of its `length`."""
 
 
 @dataclasses.dataclass(frozen=True)

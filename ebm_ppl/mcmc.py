@@ -22,6 +22,7 @@ import numpy as np
 
 from ebm_ppl import kernels, parallel, sharding
 from ebm_ppl.centring import Centring, before_learning, learn_centring
+from ebm_ppl.independence import require_chains
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning, hmc_state
 from ebm_ppl.sharding import Mesh
 from ebm_ppl.target import Target
@@ -85,6 +86,7 @@ def run(
 
     While the steps compile `meanwhile` is called, with an array of the shape that the draws will have.
     """
+    require_chains(sampler, "a chain")
     target.require_tractable()
     if target.dim == 0:
         raise ValueError("The model has no continuous latent site to sample.")

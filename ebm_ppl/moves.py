@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from ebm_ppl.centring import Centring
-from ebm_ppl.kernels import HMC, MALA, MCLMC, Tuning
+from ebm_ppl.independence import Mover
+from ebm_ppl.kernels import Tuning
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.sharding import Layout
 from ebm_ppl.typing import Array, PRNGKey
@@ -48,10 +49,10 @@ def move(
     key: PRNGKey,
     z: Array,
     log_density: Callable[[Array], Array],
-    sampler: HMC | MALA | MCLMC,
+    sampler: Mover,
     num_moves: int,
     step_size: Array,
-    coordinates: tuple[DenseScale, Centring | None],
+    coordinates: tuple[DenseScale, Centring | None, Array],
     layout: Layout,
     chain_length: int = 1,
 ) -> tuple[Moved, Array]:
@@ -99,7 +100,7 @@ def move(
             step_size=moved.step_size * jnp.exp(accepted - sampler.target_accept),
             moves=moved.moves + 1,
             accepted=accepted,
-            leapfrogs=moved.leapfrogs + num_steps,
+            leapfrogs=moved.leapfrogs + num_steps + kernel.jumps,
             num_nan=moved.num_nan + jnp.sum(stats["nan_energy"]),
         )
 

@@ -19,6 +19,7 @@ from numpyro.handlers import seed
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
 
+from ebm_ppl.independence import require_chains
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
 from ebm_ppl.target import Target, target
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
@@ -57,13 +58,14 @@ def as_numpyro_kernel(sampler: NUTS | HMC | MALA | MCLMC, model: Callable) -> Nu
         non-centred coordinates, which take the draws of a whole window.
 
     Raises:
-        EnergyError: for unadjusted MCLMC, whose tuning is no sequence of kernel steps.
+        EnergyError: for unadjusted MCLMC, whose tuning is no sequence of kernel steps, and for `Independence`.
         IntractablePartitionError: at `init`, before the first draw.
 
     Example:
         >>> mcmc = numpyro.infer.MCMC(as_numpyro_kernel(NUTS(), model), num_warmup=500, num_samples=1000)
         >>> mcmc.run(jax.random.key(0), y=y)
     """
+    require_chains(sampler, "a chain")
     if isinstance(sampler, MCLMC) and not sampler.adjusted:
         raise EnergyError("Unadjusted MCLMC has no NumPyro kernel: use adjusted=True, or `ebm_ppl.sample`.")
     return NumPyroKernel(sampler, model)

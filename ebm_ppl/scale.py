@@ -5,6 +5,7 @@ is a sum of squares. (In single precision a dense quadratic form can overflow to
 step then accepts whatever it is given.)
 
     L x         `times`     from whitened coordinates to z
+    L^-1 z      `whitened`  and back
     L' g        `pull`      a gradient in z as one in x
     L'^-1 g     `push`      a gradient in x as one in z
 """
@@ -25,6 +26,9 @@ class DiagonalScale(eqx.Module):
 
     def times(self, x: Array) -> Array:
         return self.deviation * x
+
+    def whitened(self, z: Array) -> Array:
+        return z / self.deviation
 
     def pull(self, gradient: Array) -> Array:
         return self.deviation * gradient
@@ -66,6 +70,9 @@ class DenseScale(eqx.Module):
     def times(self, x: Array) -> Array:
         return self.factor @ x
 
+    def whitened(self, z: Array) -> Array:
+        return self.inverse @ z
+
     def pull(self, gradient: Array) -> Array:
         return gradient @ self.factor
 
@@ -85,6 +92,9 @@ class LowRankScale(eqx.Module):
 
     def times(self, x: Array) -> Array:
         return self.deviation * self._stretched(x, self.stretch)
+
+    def whitened(self, z: Array) -> Array:
+        return self._stretched(z / self.deviation, 1.0 / self.stretch)
 
     def pull(self, gradient: Array) -> Array:
         return self._stretched(self.deviation * gradient, self.stretch)

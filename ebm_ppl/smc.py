@@ -49,6 +49,7 @@ from ebm_ppl import parallel, sharding
 from ebm_ppl.centring import before_learning
 from ebm_ppl.cloud import Cloud, enter, in_new_coordinates, initial, lying, terms_of
 from ebm_ppl.crosswise import crosswise
+from ebm_ppl.independence import Independence
 from ebm_ppl.kernels import HMC, MALA, MCLMC
 from ebm_ppl.moves import move
 from ebm_ppl.sharding import Layout, Mesh
@@ -62,7 +63,7 @@ UNSETTLED = 4.0
 
 @dataclasses.dataclass(frozen=True)
 class SMC:
-    """Adaptive tempered sequential Monte Carlo with gradient moves tuned from the particles.
+    """Adaptive tempered sequential Monte Carlo with moves tuned from the particles.
 
     Args:
         num_particles: particles in each independent run, an even number.
@@ -89,7 +90,7 @@ class SMC:
 
     num_particles: int = 1000
     target_ess: float = 0.6
-    kernel: HMC | MALA | MCLMC = dataclasses.field(default_factory=lambda: HMC(max_leapfrogs=64))
+    kernel: HMC | MALA | MCLMC | Independence = dataclasses.field(default_factory=lambda: HMC(max_leapfrogs=64))
     num_moves: int = 5
     max_stages: int = 500
     chain_length: int = 1

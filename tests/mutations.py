@@ -219,6 +219,27 @@ MUTATIONS = (
         ("test_smc.py::test_error_of_particles_used_again_is_calibrated[persistent]",),
     ),
     Mutation(
+        "independence sampler without the density of its proposals",
+        "independence.py",
+        "return self._log_density(to.position, tuning)",
+        "return 0.0 * self._log_density(to.position, tuning)",
+        ("test_independence.py::test_draws_stay_distributed_as_they_are",),
+    ),
+    Mutation(
+        "independence sampler with its proposal density at wrong ends",
+        "independence.py",
+        "def log_proposal(_: State, to: State)",
+        "def log_proposal(to: State, _: State)",
+        ("test_independence.py::test_proposals_are_accepted_as_by_metropolis_and_hastings",),
+    ),
+    Mutation(
+        "independence sampler without a Jacobian in its proposals",
+        "independence.py",
+        "return log_det - (self.degrees + x.size)",
+        "return -(self.degrees + x.size)",
+        ("test_independence.py::test_draws_stay_distributed_as_they_are",),
+    ),
+    Mutation(
         "gradient not whitened",
         "kernels.py",
         "scale.pull(state.logdensity_grad))",

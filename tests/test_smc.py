@@ -25,6 +25,8 @@ USED_AGAIN = {
     "waste-free": ebm.SMC(num_particles=2000, chain_length=10, num_moves=1),
     "persistent": ebm.SMC(num_particles=500, persistence=8, num_moves=1),
 }
+INDEPENDENCE = ebm.SMC(num_particles=500, kernel=ebm.Independence())
+JUMPING = ("mixture", "three_roles")
 KNOWN = [name for name, problem in PROBLEMS.items() if "SMC" in problem.samplers]
 TWO_PHASES = [name for name in KNOWN if PROBLEMS[name].log_z_prior is not None]
 NUM_COMPONENTS = sum(2 * np.size(mean) for name in KNOWN for mean in PROBLEMS[name].means.values())
@@ -350,6 +352,63 @@ def test_other_kernels(kernel):
     assert low < np.sum(scores**2) < high
 
 
+@pytest.mark.parametrize("name", JUMPING)
+def test_moves_that_jump(name):
+    """The same promises by an independence sampler: two modes that overlap, and two phases."""
+    check_runs(name, INDEPENDENCE, NUM_RUNS)
+
+
+def test_moves_that_jump_count_each_proposal():
+    problem, num = PROBLEMS["regression"], INDEPENDENCE.num_particles
+    sampler = dataclasses.replace(INDEPENDENCE, kernel=ebm.Independence(local=ebm.MALA()))
+    data = ebm.sample(jax.random.key(0), problem.target(), sampler, num_chains=2, progress_bar=False)
+    path = data["smc"]
+    done = np.isfinite(path["beta"].values)
+    # Two evaluations a move, one where the moves start, and one for the energies where they end.
+    np.testing.assert_array_equal(path["num_evaluations"].values[done], num * (2 * path["num_moves"].values[done] + 2))
+
+
+def test_moves_that_jump_keep_a_mode_that_they_never_propose():
+    """A narrow mode of a tenth of the mass, which a Student t distribution of both hardly ever meets."""
+
+    def model():
+        x = numpyro.sample("x", dist.Uniform(-10.0, 10.0).expand([6]).to_event(1))
+        wide = math.log(0.9) + jnp.sum(st_norm(x, 3.0, 1.0))
+        narrow = math.log(0.1) + jnp.sum(st_norm(x, -3.0, 0.3))
+        ebm.energy_factor("modes", -jnp.logaddexp(wide, narrow), role="loss")
+
+    def st_norm(x, loc, scale):
+        return dist.Normal(loc, scale).log_prob(x)
+
+    estimate = ebm.log_z(jax.random.key(0), ebm.target(model), INDEPENDENCE, num_runs=20)
+    scores = (estimate.replicates + 6 * math.log(20)) / np.asarray(estimate.diagnostics["run_std_errors"])
+    low, high = chi2_limits(1, 20)
+    assert low < np.sum(scores**2) < high
+
+
+def test_moves_that_jump_in_single_precision(run_in_float32):
+    printed = run_in_float32(
+        """
+        import jax, numpy as np, numpyro, numpyro.distributions as dist
+        import ebm_ppl as ebm
+
+        def model(y):
+            x = numpyro.sample("x", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+            numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+        target = ebm.target(model, np.array([1.5, 1.5], np.float32))
+        sampler = ebm.SMC(num_particles=500, kernel=ebm.Independence())
+        data = ebm.sample(jax.random.key(0), target, sampler, num_chains=20, progress_bar=False)
+        assert data["posterior"]["x"].dtype == np.float32
+        estimate = ebm.read_log_z(data)
+        truth = -np.log(2 * np.pi * 5) - 1.5**2 / 5
+        print(*(estimate.replicates - truth) / np.asarray(estimate.diagnostics["run_std_errors"]))
+        """
+    )
+    low, high = chi2_limits(1, 20)
+    assert low < np.sum(np.array(printed.split(), float) ** 2) < high
+
+
 def test_new_data_of_the_same_shape_is_not_traced_again():
     traces = 0
 
@@ -387,6 +446,12 @@ def test_refusals_are_sentences():
         ebm.SMC(persistence=0)
     with pytest.raises(ebm.EnergyError, match="Unadjusted MCLMC"):
         ebm.SMC(kernel=ebm.MCLMC(adjusted=False))
+    with pytest.raises(ebm.EnergyError, match="fitted to particles, which a chain does not have"):
+        ebm.sample(jax.random.key(0), target, ebm.Independence())
+    with pytest.raises(ebm.EnergyError, match="fitted to particles, which a chain does not have"):
+        ebm.as_numpyro_kernel(ebm.Independence(), model)
+    with pytest.raises(ebm.EnergyError, match="fitted to particles, which a replica of parallel tempering"):
+        ebm.ParallelTempering(kernel=ebm.Independence())
     for setting in ({"num_samples": 10}, {"num_warmup": 10}, {"thin": 2}):
         with pytest.raises(ebm.EnergyError, match="SMC has particles instead of draws"):
             ebm.sample(jax.random.key(0), target, ebm.SMC(), **setting)

@@ -58,7 +58,7 @@ class AIS(Annealing):
         seen = forward_chains(key_chains, target, path, self)
         value, share, k = log_mean(seen.log_weight), effective_share(seen.log_weight), pareto_k(seen.log_weight)
         std_error = relative_error(np.exp(seen.log_weight - np.max(seen.log_weight)))
-        spent = evaluations_of(path, self.num_chains)
+        spent = evaluations_of(path, self.num_chains, self.pilot.kernel)
         doubts = doubts_of_pilot(pilot, value, std_error)
         if not k <= LARGEST_K or self.num_chains * share < FEW:
             doubts.append(

@@ -46,7 +46,8 @@ from ebm_ppl import parallel, smc
 from ebm_ppl.centring import Centring, alike
 from ebm_ppl.cloud import Cloud
 from ebm_ppl.crosswise import tuning_of
-from ebm_ppl.kernels import HMC, MALA, MCLMC, Tuning
+from ebm_ppl.independence import Mover
+from ebm_ppl.kernels import Tuning
 from ebm_ppl.logz.integral import (
     CONTRADICTION,
     check_energies,
@@ -157,9 +158,11 @@ def rounding_of(path: Path, value: float) -> float:
     return float(np.finfo(path.stages.beta.dtype).eps) * abs(value) * math.sqrt(path.stages.beta.size)
 
 
-def evaluations_of(path: Path, num_chains: int) -> float:
-    """Of the log density: in each stage for the weight, for the start of the moves, and for their steps."""
-    return float(num_chains * (2 * path.stages.beta.size + np.sum(path.stages.num_steps)))
+def evaluations_of(path: Path, num_chains: int, sampler: Mover) -> float:
+    """Of the log density: in each stage for the weight, for the start of the moves, and for the moves."""
+    num_steps = path.stages.num_steps
+    moves = np.sum(num_steps) + num_steps.size * sampler.kernel().jumps
+    return float(num_chains * (2 * path.stages.beta.size + moves))
 
 
 # The path
@@ -222,7 +225,7 @@ def _tuning(z: Array, step_size: Array, centring: Centring | None, share: Array)
     return tuning_of(z, step_size, centring, share.astype(z.dtype) * len(z))
 
 
-def _num_steps(keys: Array, tuned: Array, tunings: Tuning, sampler: HMC | MALA | MCLMC, dim: int) -> Array:
+def _num_steps(keys: Array, tuned: Array, tunings: Tuning, sampler: Mover, dim: int) -> Array:
     """Of the integrator, shape (stage, move)."""
     length = sampler.kernel().length
 
@@ -261,7 +264,7 @@ def _gathered(parts: list[tuple[Array, Array]]) -> Weights:
     return Weights(log_weight.astype(float), int(np.sum(num_nan)))
 
 
-def _forward(key: PRNGKey, target: Tilted, path: Path, sampler: HMC | MALA | MCLMC) -> tuple[Array, Array]:
+def _forward(key: PRNGKey, target: Tilted, path: Path, sampler: Mover) -> tuple[Array, Array]:
     """Log weight of a chain from the reference, and the number of NaN energies on its way."""
     key_start, key_moves = jax.random.split(key)
 
@@ -273,9 +276,7 @@ def _forward(key: PRNGKey, target: Tilted, path: Path, sampler: HMC | MALA | MCL
     return chain.log_weight, chain.num_nan
 
 
-def _reverse(
-    member: tuple[PRNGKey, Array], target: Tilted, path: Path, sampler: HMC | MALA | MCLMC
-) -> tuple[Array, Array]:
+def _reverse(member: tuple[PRNGKey, Array], target: Tilted, path: Path, sampler: Mover) -> tuple[Array, Array]:
     """The same of a chain back from a draw of the posterior."""
     key, z = member
 
@@ -300,7 +301,7 @@ def _weigh(chain: Chain, target: Tilted, at: Stage) -> Chain:
     return Chain(chain.z, jnp.where(alive, log_weight, -jnp.inf), chain.num_nan + (alive & nan))
 
 
-def _move(key: PRNGKey, chain: Chain, target: Tilted, path: Path, at: Stage, sampler: HMC | MALA | MCLMC) -> Chain:
+def _move(key: PRNGKey, chain: Chain, target: Tilted, path: Path, at: Stage, sampler: Mover) -> Chain:
     """The chain after the moves of a stage, each with a step size shortened by a factor of its own, as in SMC."""
     tuning: Any = jax.tree.map(lambda x: x[at.tuned], path.tunings)
     kernel = sampler.kernel()

@@ -111,7 +111,7 @@ class BDMC(Annealing):
         lower, upper = low - BOUND_ERRORS * low_error - rounding, -high + BOUND_ERRORS * high_error + rounding
         kind = "heuristic" if self.exact is None else "true"
         origin = "particles of another run of SMC" if self.exact is None else "exact draws of the posterior"
-        spent = evaluations_of(path, self.num_chains)
+        spent = evaluations_of(path, self.num_chains, self.pilot.kernel)
         return Integral(
             value=value,
             std_error=math.hypot(std_error, rounding),

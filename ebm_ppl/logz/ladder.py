@@ -23,7 +23,8 @@ from ebm_ppl import parallel, smc
 from ebm_ppl.centring import Centring, alike
 from ebm_ppl.cloud import Cloud
 from ebm_ppl.crosswise import tuning_of
-from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel
+from ebm_ppl.independence import Mover
+from ebm_ppl.kernels import Kernel
 from ebm_ppl.logz.integral import (
     CONTRADICTION,
     LARGEST_RHAT,
@@ -121,7 +122,7 @@ def _energy_of_reference(key: PRNGKey, target: Tilted) -> Array:
 
 
 def _chains(
-    rung: Rung, target: Tilted, sampler: HMC | MALA | MCLMC, num_chains: int, num_warmup: int, num_draws: int
+    rung: Rung, target: Tilted, sampler: Mover, num_chains: int, num_warmup: int, num_draws: int
 ) -> dict[str, Array]:
     """The chains of a rung: energies of their draws, of shape (chain, draw), and how they fared."""
     kernel: Kernel = sampler.kernel()
@@ -150,7 +151,7 @@ def _chains(
         return states, {
             "energy": jnp.where(stats["infinite_density"], -jnp.inf, energy),
             "accepted": jnp.mean(stats["acceptance_rate"]),
-            "num_evaluations": num_chains * (num_steps + 1),
+            "num_evaluations": num_chains * (num_steps + kernel.jumps + 1),
             "num_nan": jnp.sum(stats["nan_energy"]),
         }
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ebm_ppl.independence import require_chains
 from ebm_ppl.kernels import HMC, MALA, MCLMC
 from ebm_ppl.logz import rounds
 from ebm_ppl.logz.integral import LARGEST_RHAT, Integral, disagreement, warn_of
@@ -78,6 +79,7 @@ class ParallelTempering:
                 f"The first of {self.num_rounds} rounds has num_draws / {2**self.num_rounds} moves, which must be "
                 f"{FEWEST_MOVES} at least: num_draws is {self.num_draws}."
             )
+        require_chains(self.kernel, "a replica of parallel tempering")
         if isinstance(self.kernel, MCLMC) and not self.kernel.adjusted:
             raise EnergyError(
                 "Unadjusted MCLMC does not leave its target invariant, so it may not sit inside parallel tempering: "
