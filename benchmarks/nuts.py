@@ -514,8 +514,11 @@ def main() -> None:
         data = models.data(name)
         found = warm(name, options.tools, options.seeds)
         seconds = cold_starts(name, data, found, options.cold_seeds) if options.cold else {}
-        rows += [row(name, label, runs, seconds.get(label, [])) for label, runs in found.items()]
-        ratios += ratio_rows(name, found, seconds)
+        own = [row(name, label, runs, seconds.get(label, [])) for label, runs in found.items()]
+        ratios_of_model = ratio_rows(name, found, seconds)
+        print(*own, *ratios_of_model, sep="\n", file=sys.stderr, flush=True)  # so that a run cut short is not lost
+        rows += own
+        ratios += ratios_of_model
     print(f"{versions()}; {CHAINS} chains x {DRAWS} draws after {WARMUP}; medians over {options.seeds} seeds.\n")
     columns = ("model", "tool", "min bulk ESS", "seconds", "ESS / s", "gradients / 1000", "ESS / 1000 gradients")
     print(_header(*columns, "divergences", "cold s", "raw weights' ESS"), *rows, sep="\n")
