@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from blackjax.mcmc import random_walk
 
-from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, LogDensity, Metric, State, Stats, Tuning
+from ebm_ppl.kernels import HMC, MALA, MCLMC, Kernel, LogDensity, Metric, State, Stats, Tuning, require_adjusted
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
 
 
@@ -51,8 +51,7 @@ class Independence:
     def __post_init__(self):
         if not isinstance(self.degrees, int) or self.degrees < 1:
             raise EnergyError(f"degrees of freedom are a positive whole number; got {self.degrees}.")
-        if isinstance(self.local, MCLMC) and not self.local.adjusted:
-            raise EnergyError("Unadjusted MCLMC does not leave its target invariant: use MCLMC(adjusted=True).")
+        require_adjusted(self.local, self.name)
 
     @property
     def target_accept(self) -> float:

@@ -1,4 +1,5 @@
-"""BlackJAX's Markov kernels behind one signature; with `metric.py` and `warmup.py` all that knows BlackJAX's MCMC.
+"""BlackJAX's Markov kernels behind one signature; with `independence.py`, `metric.py` and `warmup.py` all
+that knows BlackJAX's MCMC.
 
     kernel.init(z, log_density) -> state                            state.position is z, .logdensity log p(z)
     kernel.length(key, tuning, dim) -> num_steps                    drawn once for all chains of a batch
@@ -186,6 +187,15 @@ class MCLMC:
             adjusted_mclmc.init,
             _in_coordinates(_end_point_step(adjusted_mclmc.build_kernel(), _mclmc_call)),
             length,
+        )
+
+
+def require_adjusted(sampler: object, inside: str) -> None:
+    """Raises for a kernel that does not leave its target invariant."""
+    if isinstance(sampler, MCLMC) and not sampler.adjusted:
+        raise EnergyError(
+            f"Unadjusted MCLMC does not leave its target invariant, so it may not sit inside {inside}: use "
+            "adjusted=True."
         )
 
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from blackjax.adaptation.mass_matrix import welford_algorithm
 from blackjax.adaptation.metric_recipes import lookup_recipe
 from jax.scipy.linalg import solve_triangular
 
@@ -117,10 +118,10 @@ class Moments(NamedTuple):
 
 
 def _dense() -> Estimator:
-    core = lookup_recipe("welford_dense").build_core()
+    empty, update, _ = welford_algorithm(is_diagonal_matrix=False)
 
     def nothing(dim: int) -> Halves:
-        half = core.init(dim), core.init(dim)
+        half = empty(dim), empty(dim)
         return Halves(half, half, jnp.zeros((), int))
 
     def init(dim: int) -> tuple[Any, Scale]:
@@ -131,7 +132,7 @@ def _dense() -> Estimator:
             is_first, *values = draw
             first, second = halves
             half = jax.tree.map(lambda a, b: jnp.where(is_first, a, b), first, second)
-            grown = tuple(core.update(sums, value) for sums, value in zip(half, values, strict=True))
+            grown = tuple(update(sums, value) for sums, value in zip(half, values, strict=True))
             first = jax.tree.map(lambda new, old: jnp.where(is_first, new, old), grown, first)
             second = jax.tree.map(lambda new, old: jnp.where(is_first, old, new), grown, second)
             return (first, second), None
@@ -142,19 +143,16 @@ def _dense() -> Estimator:
 
     def close(state: Halves) -> tuple[Halves, Scale]:
         first, second = (Moments(*map(_covariance, half)) for half in (state.first, state.second))
-        gap = Moments(*(_mean(a) - _mean(b) for a, b in zip(state.first, state.second, strict=True)))
+        gap = Moments(*(a.mean - b.mean for a, b in zip(state.first, state.second, strict=True)))
         scale = DenseScale.of_covariance(agreed(first, second, gap))
         return nothing(len(gap.draws))._replace(count=state.count), scale
 
     return Estimator(init, add, close)
 
 
-def _mean(sums: Any) -> Array:
-    return sums.wc_state.mean
-
-
 def _covariance(sums: Any) -> Array:
-    return sums.wc_state.m2 / jnp.maximum(sums.wc_state.sample_size - 1, 1)
+    """Zero, where there is but one draw."""
+    return sums.m2 / jnp.maximum(sums.sample_size - 1, 1)
 
 
 def agreed(first: Moments, second: Moments, gap: Moments) -> Array:
@@ -167,19 +165,16 @@ def agreed(first: Moments, second: Moments, gap: Moments) -> Array:
         first, second: of the halves.
         gap: differences of their means, each (dim,).
     """
-    between = Moments(*(jnp.outer(mean, mean) for mean in gap))
+    between = jax.tree.map(lambda mean: jnp.outer(mean, mean), gap)
     keep = jnp.asarray(KEEP, first.draws.dtype)
-    divergence = _held_out(first, _sum(second, between), keep) + _held_out(second, _sum(first, between), keep)
+    about_first, about_second = (jax.tree.map(jnp.add, half, between) for half in (second, first))
+    divergence = _held_out(first, about_first, keep) + _held_out(second, about_second, keep)
     divergence = jnp.where(jnp.isfinite(divergence), divergence, jnp.inf)
-    both = Moments(*((a + b) / 2 + c / 4 for a, b, c in zip(first, second, between, strict=True)))
+    both = jax.tree.map(lambda a, b, c: (a + b) / 2 + c / 4, first, second, between)
     units, moments = _standardised(both)
     eigenvalues, vectors, _ = _mean_of(_shrunk(moments, keep[jnp.argmin(divergence)]))
     factor = units[:, None] * vectors * eigenvalues**-0.25
     return jnp.sqrt(jnp.max(eigenvalues)) * factor @ factor.T
-
-
-def _sum(a: Moments, b: Moments) -> Moments:
-    return Moments(a.draws + b.draws, a.gradients + b.gradients)
 
 
 def _held_out(fit: Moments, test: Moments, keep: Array) -> Array:
@@ -221,7 +216,7 @@ def _tells(x: Array) -> Array:
 
 
 def _shrunk(moments: Moments, keep: Array) -> Moments:
-    return Moments(*(keep * matrix + (1 - keep) * jnp.diag(jnp.diag(matrix)) for matrix in moments))
+    return jax.tree.map(lambda matrix: keep * matrix + (1 - keep) * jnp.diag(jnp.diag(matrix)), moments)
 
 
 def _mean_of(moments: Moments) -> tuple[Array, Array, Array]:

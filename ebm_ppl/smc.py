@@ -49,8 +49,8 @@ from ebm_ppl import parallel, sharding
 from ebm_ppl.centring import before_learning
 from ebm_ppl.cloud import Cloud, enter, in_new_coordinates, initial, lying, terms_of
 from ebm_ppl.crosswise import crosswise
-from ebm_ppl.independence import Independence
-from ebm_ppl.kernels import HMC, MALA, MCLMC
+from ebm_ppl.independence import Mover
+from ebm_ppl.kernels import HMC, require_adjusted
 from ebm_ppl.moves import move
 from ebm_ppl.sharding import Layout, Mesh
 from ebm_ppl.stages import StageInfo, as_path, check, check_start, final_values, phase_estimates
@@ -90,7 +90,7 @@ class SMC:
 
     num_particles: int = 1000
     target_ess: float = 0.6
-    kernel: HMC | MALA | MCLMC | Independence = dataclasses.field(default_factory=lambda: HMC(max_leapfrogs=64))
+    kernel: Mover = dataclasses.field(default_factory=lambda: HMC(max_leapfrogs=64))
     num_moves: int = 5
     max_stages: int = 500
     chain_length: int = 1
@@ -113,10 +113,7 @@ class SMC:
             raise EnergyError(f"persistence is a number of stages, at least 1; got {self.persistence}.")
         if self.chunk_size is not None and self.chunk_size < 2:
             raise EnergyError(f"chunk_size is a number of particles, at least 2; got {self.chunk_size}.")
-        if isinstance(self.kernel, MCLMC) and not self.kernel.adjusted:
-            raise EnergyError(
-                "Unadjusted MCLMC does not leave its target invariant, so it may not sit inside SMC: use adjusted=True."
-            )
+        require_adjusted(self.kernel, self.name)
 
 
 def run(

@@ -209,7 +209,7 @@ class Draws:
 
 
 def with_error(value: float, std_error: float) -> str:
-    """ "value ± standard error", with three decimals, or two digits of an error that is smaller than that."""
+    """As in "1.235 ± 0.021": three decimals, or two digits of an error below .01."""
     decimals = 3
     if 0 < std_error < 0.01:  # down to what double precision leaves of log Z
         decimals = min(1 - math.floor(math.log10(std_error)), 6)

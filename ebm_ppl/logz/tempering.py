@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ebm_ppl.independence import require_chains
-from ebm_ppl.kernels import HMC, MALA, MCLMC
+from ebm_ppl.kernels import HMC, MALA, MCLMC, require_adjusted
 from ebm_ppl.logz import rounds
 from ebm_ppl.logz.integral import LARGEST_RHAT, Integral, disagreement, warn_of
 from ebm_ppl.logz.ladder import LOW_ACCEPTANCE, Rungs
@@ -80,11 +80,7 @@ class ParallelTempering:
                 f"{FEWEST_MOVES} at least: num_draws is {self.num_draws}."
             )
         require_chains(self.kernel, "a replica of parallel tempering")
-        if isinstance(self.kernel, MCLMC) and not self.kernel.adjusted:
-            raise EnergyError(
-                "Unadjusted MCLMC does not leave its target invariant, so it may not sit inside parallel tempering: "
-                "use adjusted=True."
-            )
+        require_adjusted(self.kernel, self.name)
 
     def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
         """log Z of all energies of a target at once, from one run.
