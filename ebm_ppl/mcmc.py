@@ -5,13 +5,12 @@
     draws        steps of the same compiled function, with the tuning fixed
 
 One compiled function of one chain serves warm-up and sampling and every number of steps, so that a run compiles the
-model's gradient inside a kernel once; `parallel.py` takes it over all chains. The host loop between pieces is the one
-place for progress and for errors about the numbers.
+model's gradient inside a kernel once; `pieces.py` takes it over all chains. The host loop that meets its pieces is the
+one place for progress and for errors about the numbers.
 """
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from ebm_ppl import kernels, parallel, sharding
 from ebm_ppl.centring import Centring, before_learning, learn_centring
 from ebm_ppl.independence import require_chains
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning, hmc_state
+from ebm_ppl.pieces import in_pieces
 from ebm_ppl.sharding import Mesh
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, NonFiniteEnergyError, PRNGKey
@@ -32,11 +32,9 @@ from ebm_ppl.warmup import WarmupState, end_stretch, halves, learn, unlearned, w
 Sampler = NUTS | HMC | MALA | MCLMC
 START_TRIES = 100
 START_RADIUS = 2.0
-FIRST_PIECE = 100
 LONGEST_PIECE = 2000
 LARGEST_RECORD = 2**23
 """Most numbers in the record of a chain's positions."""
-PIECE_SECONDS = 0.25
 OF_CHAINS, SHARED = 0, 1
 """What is folded into a run's key for the keys of its chains, and for what they share."""
 
@@ -97,15 +95,11 @@ def run(
     else:
         state, num_warmup = _moved(state, mesh), 0
     warmup_steps = 0 if _is_unadjusted(sampler) else num_warmup
-    records, evaluations = [], 0
+    evaluations = 0
     with _progress(sampler.name, warmup_steps + num_samples * thin, progress_bar) as bar:
         if learned is not None:
             state, evaluations = _warm_up(target, sampler, state, learned, warmup_steps, bar)
-        for after, record, count in _steps(target, sampler, state, num_samples * thin, bar):
-            state = after
-            records.append({name: x[:, :count] for name, x in record.items() if name != "gradient"})
-            _check_finite(records[-1])
-    stats = {name: np.concatenate([record[name] for record in records], axis=1) for name in records[0]}
+        state, stats = _steps(target, sampler, state, num_samples * thin, bar)
     z: Any = stats.pop("z")
     attrs = {
         "inference_library": "ebm_ppl",
@@ -138,19 +132,15 @@ def _warm_up(
     """The chains after their warm-up, with what they have learned together, and its leapfrog steps."""
     evaluations = 0
     for length, is_window in windows(num_warmup):
-        centring, records = state.tuning.centring, []
-        for after, record, count in _steps(target, sampler, state, length, bar, warming_up=True):
-            state = after
-            evaluations += int(record["n_steps"][:, :count].sum())
-            if is_window:
-                records.append((record["z"], record["gradient"], np.array(count)))
+        centring = state.tuning.centring
+        state, record = _steps(target, sampler, state, length, bar, warming_up=True)
+        evaluations += int(record["n_steps"].sum())
         if is_window:
             if sampler.metric == "auto":
-                draws = halves([z[:, :count] for z, _, count in records])
-                found = learn_centring(*draws, target.site_numbers)
+                found = learn_centring(*halves(record["z"]), target.site_numbers)
                 centring = before_learning(target) if found is None else found
-            for record in records:
-                learned = parallel.once(learn, sampler, learned, centring, *record)
+            for some in _with_room(record["z"], record["gradient"]):
+                learned = parallel.once(learn, sampler, learned, centring, *some)
         adaptations = [part.adaptation for part in state.parts]
         learned, tuning, restarted = parallel.once(end_stretch, sampler, learned, adaptations, target.dim, is_window)
         parts = [part._replace(adaptation=new) for part, new in zip(state.parts, restarted, strict=True)]
@@ -171,23 +161,31 @@ def _non_centred(target: Target, centring: Centring | None) -> str:
 
 def _steps(
     target: Target, sampler: Sampler, state: ChainState, length: int, bar: Any, *, warming_up: bool = False
-) -> Iterator[tuple[ChainState, dict[str, np.ndarray], int]]:
-    """Makes steps in pieces: the state after each, its record (chain, capacity, ...), and how many steps that holds."""
-    piece, done, capacity = FIRST_PIECE, 0, _capacity(target.dim)
-    while done < length:
-        count, start = min(piece, length - done, capacity), time.perf_counter()
-        shared = target, sampler, state.tuning, state.key
-        limits = np.array([state.step, count])
-        results = parallel.over(_advance, state.parts, *shared, limits, np.array(warming_up), mesh=state.mesh)
-        state = state._replace(parts=[chains for chains, _ in results], step=state.step + count)
-        records = jax.device_get([record for _, record in results])
-        record = {name: np.concatenate([part[name] for part in records]) for name in records[0]}
-        bar.update(count)
+) -> tuple[ChainState, dict[str, np.ndarray]]:
+    """The state after `length` steps, and their record, (chain, step, ...); that of the warm-up has gradients."""
+    parts, whole, ends = list(state.parts), {}, [0] * len(state.parts)
+    shared = target, sampler, state.tuning, state.key, np.array(warming_up)
+    for piece in in_pieces(_advance, parts, state.step, length, _capacity(target.dim), *shared, mesh=state.mesh):
+        record = piece.record if warming_up else _checked(piece.record)
+        for name, x in record.items():
+            if name not in whole:
+                whole[name] = np.empty((len(parts) * len(x), length, *x.shape[2:]), x.dtype)
+            whole[name][piece.index * len(x) :][: len(x), piece.start : piece.end] = x
+        before, parts[piece.index], ends[piece.index] = sum(ends), piece.part, piece.end
         if not bar.disable:
-            bar.set_postfix_str(_summary(record, count), refresh=False)
-        done += count
-        piece = int(np.clip(count * PIECE_SECONDS / (time.perf_counter() - start), 1, capacity))
-        yield state, record, count
+            bar.set_postfix_str(_summary(record), refresh=False)
+        bar.update(sum(ends) // len(parts) - before // len(parts))
+    return state._replace(parts=parts, step=state.step + length), whole
+
+
+def _with_room(z: np.ndarray, gradient: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The steps of a window, (chain, step, dim), in records of the capacity of one piece, and how many each holds."""
+    length, capacity = z.shape[1], _capacity(z.shape[2])
+    for start in range(0, length, capacity):
+        count = min(length - start, capacity)
+        room = (0, 0), (0, capacity - count), (0, 0)
+        here = slice(start, start + count)
+        yield np.pad(z[:, here], room), np.pad(gradient[:, here], room), np.array(count)
 
 
 def _capacity(dim: int) -> int:
@@ -196,7 +194,7 @@ def _capacity(dim: int) -> int:
 
 
 def _advance(
-    chain: Chain, target: Target, sampler: Sampler, tuning: Tuning, run_key: Array, limits: Array, warming_up: Array
+    chain: Chain, target: Target, sampler: Sampler, tuning: Tuning, run_key: Array, warming_up: Array, limits: Array
 ) -> tuple[Chain, dict[str, Array]]:
     """One chain through `count` steps from number `first` on, and a record with room for more."""
     first, count = limits
@@ -281,7 +279,7 @@ def _prepare_steps(target: Target, sampler: Sampler, state: ChainState, learned:
     """Starts to compile what the chains run, in the order of its first use, from the shapes of their states."""
     chains = state.parts[0]
     limits, count, false = np.array([0, 0]), np.array(0), np.array(False)
-    parallel.prepare_over(_advance, chains, target, sampler, state.tuning, state.key, limits, false, mesh=state.mesh)
+    parallel.prepare_over(_advance, chains, target, sampler, state.tuning, state.key, false, limits, mesh=state.mesh)
     if _is_unadjusted(sampler):
         return
     kinds = [is_window for _, is_window in windows(num_warmup)]
@@ -361,15 +359,16 @@ def _explain(target: Target, z: Array) -> str:
     )
 
 
-def _check_finite(record: dict[str, np.ndarray]) -> None:
-    """Raises where a chain or one of its proposals met infinite density; the record keeps no trace of the check."""
-    infinite = np.argwhere((record["lp"] == np.inf) | record.pop("infinite_density"))
+def _checked(record: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What is kept of a record; raises where a chain or one of its proposals met infinite density."""
+    infinite = np.argwhere((record["lp"] == np.inf) | record["infinite_density"])
     if infinite.size:
         chain, step = infinite[0]
         raise NonFiniteEnergyError(
             "The log density is +inf (an energy of -inf, infinite density) at or near the unconstrained point "
             f"{record['z'][chain, step].tolist()}: a chain never leaves such a point. Bound the energy from below."
         )
+    return {name: x for name, x in record.items() if name not in ("gradient", "infinite_density")}
 
 
 def _warn(attrs: dict[str, Any], num_draws: int) -> None:
@@ -388,8 +387,8 @@ def _warn(attrs: dict[str, Any], num_draws: int) -> None:
         )
 
 
-def _summary(record: dict[str, np.ndarray], count: int) -> str:
-    step_size, leapfrogs = np.mean(record["step_size"][:, count - 1]), np.mean(record["n_steps"][:, :count])
+def _summary(record: dict[str, np.ndarray]) -> str:
+    step_size, leapfrogs = np.mean(record["step_size"][:, -1]), np.mean(record["n_steps"])
     return f"step size {step_size:.2e}, {leapfrogs:.1f} leapfrogs a draw"
 
 

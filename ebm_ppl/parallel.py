@@ -75,14 +75,12 @@ def over(
             them; the parts are then gone.
     """
     program = prepare_over(function, parts[0], *shared, hurry=hurry, mesh=mesh, in_place=in_place)
-    compiled, shared = program.compiled.result(), eqx.filter(shared, _is_array)
-    if mesh is not None:
-        parts, shared = sharding.spread(parts, mesh), sharding.everywhere(shared, mesh)
-        return [sharding.gathered(compiled(part, *shared)) for part in parts]
+    call = caller(program, mesh)
     if len(parts) == 1:
-        return [compiled(parts[0], *shared)]
-    in_turn_or_together = _runners().map if program.in_threads else map
-    return list(in_turn_or_together(lambda part: jax.block_until_ready(compiled(part, *shared)), parts))
+        return [call(parts[0], *shared)]
+    submit = submitter(program, len(parts))
+    futures = [submit(lambda part: jax.block_until_ready(call(part, *shared)), part) for part in parts]
+    return [future.result() for future in futures]
 
 
 def prepare_over(
@@ -115,6 +113,31 @@ def prepare_once(function: Callable, *args: Any) -> Program:
 def at_once(program: Program, num_parts: int) -> int:
     """How many parts `over` runs at the same time."""
     return min(num_parts, _num_cores()) if program.in_threads else 1
+
+
+def caller(program: Program, mesh: Mesh | None) -> Callable:
+    """`(part, *shared) -> result`, by a program of `prepare_over`."""
+    compiled = program.compiled.result()
+
+    def call(part: Any, *shared: Any) -> Any:
+        shared = eqx.filter(shared, _is_array)
+        if mesh is None:
+            return compiled(part, *shared)
+        part, shared = sharding.spread(part, mesh), sharding.everywhere(shared, mesh)
+        return sharding.gathered(compiled(part, *shared))
+
+    return call
+
+
+def submitter(program: Program, num_parts: int) -> Callable[..., Future]:
+    """`(function, *args) -> future`: in a thread for each core, or here and now where parts must run in turn."""
+    return _runners().submit if at_once(program, num_parts) > 1 else _here_and_now
+
+
+def _here_and_now(function: Callable, *args: Any) -> Future:
+    future = Future()
+    future.set_result(function(*args))
+    return future
 
 
 def prepare(function: Callable, *args: Any, hurry: bool = False, in_place: bool = False) -> Program:

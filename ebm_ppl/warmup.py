@@ -121,9 +121,8 @@ def unlearned(sampler: Tuned, dim: int) -> tuple[WarmupState, Tuning]:
     return learned, warmup.tuning(learned)
 
 
-def halves(pieces: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The draws of one half of the chains and of the other (of a single chain's halves), each (num, dim)."""
-    z = np.concatenate(pieces, axis=1)
+def halves(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The draws, (chain, draw, dim), of one half of the chains and of the other (of a single chain's halves)."""
     first, second = np.array_split(z, 2, axis=0 if len(z) > 1 else 1)
     return first.reshape(-1, z.shape[-1]), second.reshape(-1, z.shape[-1])
 

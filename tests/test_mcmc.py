@@ -11,7 +11,7 @@ from limits import z_limit
 from problems import CHAINS, PROBLEMS
 
 import ebm_ppl as ebm
-from ebm_ppl import mcmc
+from ebm_ppl import mcmc, pieces
 from ebm_ppl.warmup import windows
 
 SAMPLERS = {"NUTS": ebm.NUTS(), "HMC": ebm.HMC(), "MALA": ebm.MALA(), "MCLMC": ebm.MCLMC()}
@@ -110,10 +110,12 @@ def test_thinning_keeps_every_third_draw_from_the_third_on():
 
 def test_chunking_changes_nothing(monkeypatch):
     whole, _ = _draws(ebm.NUTS())
-    monkeypatch.setattr(mcmc, "FIRST_PIECE", 7)
-    monkeypatch.setattr(mcmc, "PIECE_SECONDS", 1e-4)
-    pieces, _ = _draws(ebm.NUTS())
-    np.testing.assert_array_equal(pieces.z, whole.z)
+    monkeypatch.setattr(pieces, "FIRST", 7)
+    monkeypatch.setattr(pieces, "SHORTEST", 1e-4)
+    monkeypatch.setattr(pieces, "LONGEST", 1e-4)
+    monkeypatch.setattr(mcmc, "LARGEST_RECORD", 24)  # numbers: twelve steps, so that windows are learned in parts
+    cut, _ = _draws(ebm.NUTS())
+    np.testing.assert_array_equal(cut.z, whole.z)
 
 
 def test_chains_are_independent_and_reproducible():
