@@ -83,5 +83,5 @@ def in_pieces(
 
 def _count(left: int, seconds: float) -> int:
     """Steps of the next call: half of those that are left, as far as they take neither too short nor too long."""
-    shortest, longest = (math.ceil(time / seconds) for time in (SHORTEST, LONGEST))
+    shortest, longest = (math.ceil(limit / seconds) for limit in (SHORTEST, LONGEST))
     return min(max(shortest, min(math.ceil(left / 2), longest)), left)
