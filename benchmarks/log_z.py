@@ -230,8 +230,8 @@ def ratio(ours: Runs | None, theirs: Runs) -> tuple[str, float]:
     rng = np.random.default_rng(0)
     ratios = [theirs.resampled(rng) / ours.resampled(rng) for _ in range(RESAMPLES)]
     low, high = np.quantile(ratios, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
-    unsure = goal != "no" and low < GOALS[goal]
-    return f"{value:.2g} ({low:.2g} to {high:.2g}): {goal}" + "?" * unsure, value
+    mark = "?" if goal != "no" and low < GOALS[goal] else ""
+    return f"{value:.2g} ({low:.2g} to {high:.2g}): {goal}{mark}", value
 
 
 def print_tables(records: list[Record]) -> None:
