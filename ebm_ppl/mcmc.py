@@ -23,7 +23,7 @@ from ebm_ppl import kernels, parallel, sharding
 from ebm_ppl.centring import Centring, before_learning, learn_centring
 from ebm_ppl.independence import require_chains
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning, hmc_state
-from ebm_ppl.pieces import in_pieces
+from ebm_ppl.pieces import in_pieces, loop, written
 from ebm_ppl.sharding import Mesh
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, NonFiniteEnergyError, PRNGKey
@@ -163,17 +163,14 @@ def _steps(
     target: Target, sampler: Sampler, state: ChainState, length: int, bar: Any, *, warming_up: bool = False
 ) -> tuple[ChainState, dict[str, np.ndarray]]:
     """The state after `length` steps, and their record, (chain, step, ...); that of the warm-up has gradients."""
-    parts, whole, ends = list(state.parts), {}, [0] * len(state.parts)
+    parts, whole, ends = list(state.parts), None, [0] * len(state.parts)
     shared = target, sampler, state.tuning, state.key, np.array(warming_up)
     for piece in in_pieces(_advance, parts, state.step, length, _capacity(target.dim), *shared, mesh=state.mesh):
-        record = piece.record if warming_up else _checked(piece.record)
-        for name, x in record.items():
-            if name not in whole:
-                whole[name] = np.empty((len(parts) * len(x), length, *x.shape[2:]), x.dtype)
-            whole[name][piece.index * len(x) :][: len(x), piece.start : piece.end] = x
+        piece = piece if warming_up else piece._replace(record=_checked(piece.record))
+        whole = written(whole, piece, len(parts), length)
         before, parts[piece.index], ends[piece.index] = sum(ends), piece.part, piece.end
         if not bar.disable:
-            bar.set_postfix_str(_summary(record), refresh=False)
+            bar.set_postfix_str(_summary(piece.record), refresh=False)
         bar.update(sum(ends) // len(parts) - before // len(parts))
     return state._replace(parts=parts, step=state.step + length), whole
 
@@ -197,12 +194,10 @@ def _advance(
     chain: Chain, target: Target, sampler: Sampler, tuning: Tuning, run_key: Array, warming_up: Array, limits: Array
 ) -> tuple[Chain, dict[str, Array]]:
     """One chain through `count` steps from number `first` on, and a record with room for more."""
-    first, count = limits
     shared_key = jax.random.fold_in(run_key, SHARED)
     log_density = jax.jit(lambda z: target.log_density(z))  # traced once, however often a kernel calls it
     kernel, adapt = _kernel(sampler), None if _is_unadjusted(sampler) else warmup_of(sampler, target.dim).adapt
 
-    @jax.jit  # so that it is traced once, for its shapes and for the loop
     def step(chain: Chain, number: Array) -> tuple[Chain, dict[str, Array]]:
         learning = chain.adaptation
         now: Any = learning
@@ -218,14 +213,7 @@ def _advance(
         record = {"z": state.position, "gradient": state.logdensity_grad, "lp": state.logdensity}
         return Chain(state, chain.key, learning), record | stats | {"step_size": now.step_size}
 
-    def body(i: Array, carry: tuple[Chain, dict[str, Array]]) -> tuple[Chain, dict[str, Array]]:
-        chain, records = carry
-        chain, record = step(chain, first + i)
-        return chain, {name: records[name].at[i].set(x) for name, x in record.items()}
-
-    _, shapes = jax.eval_shape(step, chain, first)
-    empty = {name: jnp.zeros((_capacity(target.dim), *x.shape), x.dtype) for name, x in shapes.items()}
-    return jax.lax.fori_loop(0, count, body, (chain, empty))
+    return loop(step, chain, limits, _capacity(target.dim))
 
 
 def _start(

@@ -14,7 +14,7 @@ forget where they were, all walkers together make one in `2 + 2 sum_k r_k / (1 -
 Points of zero mass (an energy of +inf or NaN) occur at rung 0 alone: no chain starts from or enters one, and no swap
 takes one up.
 
-Everything is written for one replica, a ladder of its own; `parallel.py` takes it over independent ones. `rounds.py`
+Everything is written for one replica, a ladder of its own; `pieces.py` takes it over independent ones. `rounds.py`
 tunes the ladder between rounds.
 
 References:
@@ -31,9 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ebm_ppl import parallel
 from ebm_ppl.kernels import HMC, MALA, MCLMC, Tuning
 from ebm_ppl.logz.integral import draw_reference, total_energy
+from ebm_ppl.pieces import in_pieces, loop, written
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, PRNGKey
 from ebm_ppl.warmup import Warmup, window_warmup
@@ -116,17 +116,14 @@ def make_round(
     replicas: list[Replica], target: Tilted, sampler: Sampler, ladder: Ladder, first: int, length: int, learning: bool
 ) -> tuple[list[Replica], Record]:
     """`length` moves from number `first` on, in pieces, and their record; step sizes adapt while `learning`."""
-    capacity, pieces, done = _capacity(len(ladder.beta), target.dim), [], 0
-    while done < length:
-        limits = np.array([first + done, min(capacity, length - done)])
-        results = parallel.over(_advance, replicas, target, sampler, ladder, limits, np.array(learning))
-        replicas = [part for part, _ in results]
-        record = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get([record for _, record in results]))
+    replicas, whole = list(replicas), None
+    shared, capacity = (target, sampler, ladder, np.array(learning)), _capacity(len(ladder.beta), target.dim)
+    for piece in in_pieces(_advance, replicas, first, length, capacity, *shared, mesh=None):
+        replicas[piece.index], record = piece.part, piece.record
         if not learning:  # the other points were for that
             record = record._replace(z=record.z[:, :, -1:], gradient=record.gradient[:, :, -1:])
-        pieces.append(jax.tree.map(lambda x, count=limits[1]: x[:, :count], record))
-        done += capacity
-    return replicas, jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *pieces)
+        whole = written(whole, piece._replace(record=record), len(replicas), length)
+    return replicas, whole
 
 
 def _capacity(num_rungs: int, dim: int) -> int:
@@ -134,13 +131,11 @@ def _capacity(num_rungs: int, dim: int) -> int:
 
 
 def _advance(
-    replica: Replica, target: Tilted, sampler: Sampler, ladder: Ladder, limits: Array, learning: Array
+    replica: Replica, target: Tilted, sampler: Sampler, ladder: Ladder, learning: Array, limits: Array
 ) -> tuple[Replica, Record]:
     """One replica through `count` moves and swaps from number `first` on, and a record with room for more."""
-    first, count = limits
     adapt = jax.vmap(warmup_of(sampler, target.dim).adapt)
 
-    @jax.jit  # so that it is traced once, for its shapes and for the loop
     def step(replica: Replica, number: Array) -> tuple[Replica, Record]:
         key_move, key_swap = jax.random.split(jax.random.fold_in(replica.key, number))
         current = jnp.where(learning, jnp.exp(replica.learning.log_step_size), ladder.tuning.step_size)
@@ -152,15 +147,7 @@ def _advance(
         record = record._replace(ends=replica.walker[jnp.array([0, -1])])
         return Replica(replica.key, z[order], replica.walker[order], adapted), record
 
-    def body(i: Array, carry: tuple[Replica, Record]) -> tuple[Replica, Record]:
-        replica, records = carry
-        replica, record = step(replica, first + i)
-        return replica, jax.tree.map(lambda whole, x: whole.at[i].set(x), records, record)
-
-    _, shapes = jax.eval_shape(step, replica, first)
-    capacity = _capacity(len(ladder.beta), target.dim)
-    empty = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
-    return jax.lax.fori_loop(0, count, body, (replica, empty))
+    return loop(step, replica, limits, _capacity(len(ladder.beta), target.dim))
 
 
 def _move(
