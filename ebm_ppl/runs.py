@@ -26,6 +26,9 @@ from ebm_ppl.stages import final_values
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Draws, EnergyError, IncomparableError, LogZ, PRNGKey, log_mean, pooled
 
+OF_STAGE = {"prior": " (In log Z of the prior.)", "data": " (In log Z of prior and data together.)"}
+"""Said after a doubt, where an estimator was asked for both."""
+
 
 class Batch(NamedTuple):
     """What came of some runs."""
@@ -59,14 +62,20 @@ def of_integrals(key: PRNGKey, target: Target, method: Estimator, numbers: range
         of_stage = jax.random.fold_in(key, stage == "data")
         found[stage] = [method.integrate(jax.random.fold_in(of_stage, number), integrand) for number in numbers]
     together = list(zip(*found.values(), strict=True))
-    where = [f"{stage}: " if len(stages) > 1 else "" for stage in stages]
+    both = len(stages) > 1
+    where = [f"{stage}: " if both else "" for stage in stages]
     return Batch(
         runs=_numbers(found, len(numbers)),
         stories=[
             [stage + line for stage, integral in zip(where, run, strict=True) for line in integral.story]
             for run in together
         ],
-        doubts=[doubt for runs in found.values() for integral in runs for doubt in integral.doubts],
+        doubts=[
+            doubt + OF_STAGE[stage] * both
+            for stage, runs in found.items()
+            for integral in runs
+            for doubt in integral.doubts
+        ],
         diagnostics={stage: [dict(integral.diagnostics) for integral in runs] for stage, runs in found.items()},
     )
 

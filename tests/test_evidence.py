@@ -189,6 +189,14 @@ def test_doubts_of_a_stream_are_said_once():
     assert len(caught) == 1 == len(found.doubts) and caught[0].filename == __file__
 
 
+def test_doubts_name_the_stage_where_there_are_two():
+    method = dataclasses.replace(CHEAP, doubts=("It drifts.",))
+    with pytest.warns(ebm.EnergyWarning, match="drifts"):
+        alone, both = (ebm.log_z(KEY, PROBLEMS[name].target(), method) for name in ("normal_mean", "three_roles"))
+    assert alone.doubts == ("It drifts.",)
+    assert both.doubts == tuple(f"It drifts. (In log Z of {of}.)" for of in ("the prior", "prior and data together"))
+
+
 @pytest.mark.parametrize(("name", "method"), METHODS)
 def test_round_trip_through_netcdf(name, method, tmp_path):
     target, file = PROBLEMS[name].target(), tmp_path / "log_z.nc"
