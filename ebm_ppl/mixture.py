@@ -19,6 +19,7 @@ References:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -148,81 +149,80 @@ def fit_mixture(key: PRNGKey, z: Array, weights: Array, start: StudentMixture | 
     """
     num, dim = z.shape
     key_split, key_fit = jax.random.split(key)
+    x, mean, scale = parallel.once(_whitened, z, weights)
     weights = np.asarray(weights) / np.sum(weights)
-    kept = np.where(jax.random.uniform(key_split, (num,)) < 2 / 3, weights, 0.0)
-    most = np.sum(kept) ** 2 / np.sum(kept**2) / (POINTS_PER_COMPONENT * dim)
-    cloud = parallel.once(_centred, z, weights)
+    kept = np.where(np.asarray(jax.random.uniform(key_split, (num,))) < 2 / 3, weights, np.zeros_like(weights))
+    held_out, most = weights - kept, np.sum(kept) ** 2 / np.sum(kept**2) / (POINTS_PER_COMPONENT * dim)
+
+    def improved(starts: StudentMixture, weights: Any, settled: float) -> tuple[StudentMixture, np.ndarray]:
+        """Fits of several mixtures, and how likely each makes the points held out: one program for each size."""
+        limit = np.asarray(settled, weights.dtype)
+        found = parallel.over(_fit, parallel.split(starts), x, weights / np.sum(weights), held_out, limit)
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(found))
+
     best, best_score, num_components = None, -np.inf, 1
     if start is not None:
-        begin = jax.tree.map(lambda x: x[None], start)
-        found = parallel.over(_improved, [begin], z, kept, weights - kept, cloud)[0]
-        best, best_score = jax.tree.map(lambda x: np.asarray(x)[0], found)
-        num_components = 2 * len(best.log_weight)
+        begun = _image(start, -np.asarray(scale.inverse) @ np.asarray(mean), scale.inverse, scale.factor)
+        found, scores = improved(_alone(begun), kept, ALMOST_SETTLED)
+        best, best_score, num_components = _first(found), scores[0], 2 * len(begun.log_weight)
     while best is None or num_components <= min(MOST_COMPONENTS, most):
-        keys = jax.random.split(jax.random.fold_in(key_fit, num_components), RESTARTS)
-        keys = keys if num_components > 1 else keys[:1]
-        found = parallel.over(_fit, parallel.split(keys), z, kept, weights - kept, cloud, num_components)
-        mixtures, scores = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(found))
+        keys = jax.random.split(jax.random.fold_in(key_fit, num_components), RESTARTS if num_components > 1 else 1)
+        starts = parallel.once(_starts, keys, x, kept, num_components)
+        found, scores = improved(starts, kept, ALMOST_SETTLED)
         chosen = int(np.argmax(scores))
         gain = scores[chosen] - best_score
         if gain > 0:
-            best, best_score = jax.tree.map(lambda x, i=chosen: x[i], mixtures), scores[chosen]
+            best, best_score = jax.tree.map(lambda x, i=chosen: x[i], found), scores[chosen]
         if not gain > WORTHWHILE:
             break
         num_components *= 2
-    whole = parallel.over(_refit, [jax.tree.map(lambda x: x[None], best)], z, weights, cloud)[0]
-    return jax.tree.map(lambda x: x[0], whole)
+    whole, _ = improved(_alone(best), weights, SETTLED)
+    return jax.tree.map(jnp.asarray, _image(_first(whole), mean, scale.factor, scale.inverse))
 
 
-def _centred(z: Array, weights: Array) -> tuple[Array, DenseScale]:
-    """Mean of the cloud, and the scale of its covariance."""
-    return weights @ z, DenseScale.of_cloud(z, 1 / jnp.sum(weights**2), weights)
+def _whitened(z: Array, weights: Array) -> tuple[Array, Array, DenseScale]:
+    """The points in coordinates where they have zero mean and unit covariance, and the mean and scale that they had."""
+    weights = weights / jnp.sum(weights)
+    mean, scale = weights @ z, DenseScale.of_cloud(z, 1 / jnp.sum(weights**2), weights)
+    return (z - mean) @ scale.inverse.T, mean, scale
+
+
+def _image(mixture: StudentMixture, shift: Any, factor: Any, inverse: Any) -> StudentMixture:
+    """The mixture of `shift + factor x`, on the host; `inverse` is that of the factor."""
+    mixture, shift, factor, inverse = jax.device_get((mixture, shift, factor, inverse))
+    means, factors = shift + mixture.mean @ factor.T, factor @ mixture.factor
+    return StudentMixture(mixture.log_weight, means, factors, mixture.inverse @ inverse, mixture.degrees)
+
+
+def _alone(mixture: Any) -> Any:
+    return jax.tree.map(lambda x: x[None], mixture)
+
+
+def _first(mixtures: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], mixtures)
 
 
 def _fit(
-    key: PRNGKey, z: Array, kept: Array, held_out: Array, cloud: tuple[Array, DenseScale], num_components: int
+    start: StudentMixture, x: Array, weights: Array, held_out: Array, settled: Array
 ) -> tuple[StudentMixture, Array]:
-    """One fit to the points kept, in whitened coordinates, and the mean log density of those held out."""
-    x, kept = _whitened(z, cloud), kept / jnp.sum(kept)
-    return _judged(_start(key, x, kept, num_components), x, kept, held_out)
+    """Expectation maximisation until the mean log density settles, and that of the points held out."""
 
+    def again(carry: tuple[StudentMixture, Array, Array, Array]) -> Array:
+        _, score, previous, count = carry
+        return (score - previous > settled) & (count < MOST_ROUNDS)
 
-def _improved(
-    mixture: StudentMixture, z: Array, kept: Array, held_out: Array, cloud: tuple[Array, DenseScale]
-) -> tuple[StudentMixture, Array]:
-    """The same from a mixture in the coordinates of the points."""
-    mean, scale = cloud
-    start = StudentMixture(
-        mixture.log_weight,
-        (mixture.mean - mean) @ scale.inverse.T,
-        scale.inverse @ mixture.factor,
-        mixture.inverse @ scale.factor,
-        mixture.degrees,
-    )
-    return _judged(start, _whitened(z, cloud), kept / jnp.sum(kept), held_out)
+    def one_round(carry: tuple[StudentMixture, Array, Array, Array]) -> tuple[StudentMixture, Array, Array, Array]:
+        mixture, score, _, count = carry
+        mixture, new_score = _improve(mixture, x, weights)
+        return mixture, new_score, score, count + 1
 
-
-def _judged(start: StudentMixture, x: Array, kept: Array, held_out: Array) -> tuple[StudentMixture, Array]:
-    mixture = _maximise(start, x, kept, ALMOST_SETTLED)
+    low = jnp.asarray(-1e30, x.dtype)
+    mixture = jax.lax.while_loop(again, one_round, (start, low, 2 * low, jnp.zeros((), int)))[0]
     return mixture, held_out @ jax.vmap(mixture.log_density)(x) / jnp.sum(held_out)
 
 
-def _refit(mixture: StudentMixture, z: Array, weights: Array, cloud: tuple[Array, DenseScale]) -> StudentMixture:
-    """The fit to all points from that to some of them, in the coordinates of the points."""
-    mixture = _maximise(mixture, _whitened(z, cloud), weights, SETTLED)
-    mean, scale = cloud
-    return StudentMixture(
-        mixture.log_weight,
-        mean + mixture.mean @ scale.factor.T,
-        scale.factor @ mixture.factor,
-        mixture.inverse @ scale.inverse,
-        mixture.degrees,
-    )
-
-
-def _whitened(z: Array, cloud: tuple[Array, DenseScale]) -> Array:
-    mean, scale = cloud
-    return (z - mean) @ scale.inverse.T
+def _starts(keys: Array, x: Array, weights: Array, num_components: int) -> StudentMixture:
+    return jax.vmap(lambda key: _start(key, x, weights, num_components))(keys)
 
 
 def _start(key: PRNGKey, x: Array, weights: Array, num_components: int) -> StudentMixture:
@@ -239,22 +239,6 @@ def _start(key: PRNGKey, x: Array, weights: Array, num_components: int) -> Stude
     eye = jnp.broadcast_to(jnp.eye(dim, dtype=x.dtype), (num_components, dim, dim))
     log_weight = jnp.full(num_components, -math.log(num_components), x.dtype)
     return StudentMixture(log_weight, centres, eye * width, eye / width, jnp.full(num_components, DEGREES[2], x.dtype))
-
-
-def _maximise(mixture: StudentMixture, x: Array, weights: Array, settled: float) -> StudentMixture:
-    """Expectation maximisation until the mean log density settles."""
-
-    def again(carry: tuple[StudentMixture, Array, Array, Array]) -> Array:
-        _, score, previous, count = carry
-        return (score - previous > settled) & (count < MOST_ROUNDS)
-
-    def one_round(carry: tuple[StudentMixture, Array, Array, Array]) -> tuple[StudentMixture, Array, Array, Array]:
-        mixture, score, _, count = carry
-        mixture, new_score = _improve(mixture, x, weights)
-        return mixture, new_score, score, count + 1
-
-    low = jnp.asarray(-1e30, x.dtype)
-    return jax.lax.while_loop(again, one_round, (mixture, low, 2 * low, jnp.zeros((), int)))[0]
 
 
 def _improve(mixture: StudentMixture, x: Array, weights: Array) -> tuple[StudentMixture, Array]:
