@@ -182,9 +182,22 @@ class EnergyDistribution(dist.Distribution):
     def has_rsample(self) -> bool:
         return False
 
+    @property
+    def has_enumerate_support(self) -> bool:
+        return self.base.has_enumerate_support
+
+    def enumerate_support(self, expand: bool = True) -> Array:
+        return self.base.enumerate_support(expand)
+
     def sample(self, key: PRNGKey | None, sample_shape: tuple[int, ...] = ()) -> Array:
-        # NumPyro's initialisation strategies fall back on exactly this exception.
-        raise NotImplementedError
+        if key is None or not self.has_enumerate_support or self.event_shape:
+            # NumPyro's initialisation strategies fall back on exactly this exception.
+            raise NotImplementedError
+        values = self.enumerate_support()
+        shape = tuple(sample_shape) + self.batch_shape
+        chosen = jax.random.categorical(key, self.log_prob(values), axis=0, shape=shape)
+        values = jnp.broadcast_to(jnp.expand_dims(values, range(1, 1 + len(sample_shape))), (len(values), *shape))
+        return jnp.take_along_axis(values, chosen[None], axis=0)[0]
 
     def tilt(self, value: Array) -> Array:
         """The energy of each event relative to the base, `beta U(x) + log Z`, where log Z is given."""
@@ -236,7 +249,8 @@ def _describe(energy: Callable) -> str:
     return f"The energy {name!r} of an EnergyDistribution"
 
 
-_WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)
+WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)
+"""What changes the shape of a distribution, or masks it, and no more."""
 
 
 def tilted_parts(fn: dist.Distribution) -> list[EnergyDistribution]:
@@ -255,7 +269,7 @@ def reference_of(fn: dist.Distribution) -> dist.Distribution:
         return fn.base
     if not tilted_parts(fn):
         return fn
-    if isinstance(fn, _WRAPPERS):
+    if isinstance(fn, WRAPPERS):
         return _rewrap(fn, reference_of(fn.base_dist))
     raise EnergyError(
         f"An EnergyDistribution inside {type(fn).__name__} cannot be split into a reference and an energy; "

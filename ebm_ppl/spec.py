@@ -34,7 +34,7 @@ from numpyro.infer.util import (
 )
 
 from ebm_ppl.dependence import dependencies
-from ebm_ppl.distribution import ROLE_KEY, reference_of, tilted_parts
+from ebm_ppl.distribution import ROLE_KEY, WRAPPERS, EnergyDistribution, reference_of, tilted_parts
 from ebm_ppl.typing import Array, EnergyError, EnergyWarning, PRNGKey, Role
 
 Trace = dict[str, dict[str, Any]]
@@ -75,6 +75,11 @@ class Spec:
     def site_numbers(self) -> np.ndarray:
         """Which of the latents each coordinate belongs to, shape (dim,)."""
         return np.repeat(np.arange(len(self.latents)), [math.prod(shape) for _, shape in self.latents])
+
+
+def variable(name: str) -> str:
+    """What a site is called in results, where `/` would be a path."""
+    return name.replace("/", ".")
 
 
 def analyse(model: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Spec, dict[str, Any]]:
@@ -123,6 +128,7 @@ def _is_subsampled(site: dict[str, Any]) -> bool:
 
 def _describe(recorded: Trace) -> dict[str, Any]:
     """The static facts of one trace."""
+    _check_names(recorded)
     latents, discrete, observed, dims = [], [], [], {}
     roles: list[tuple[str, Role]] = []
     normalized, ignored, no_reference, unknown_constant, partitions = set(), [], [], [], []
@@ -148,6 +154,7 @@ def _describe(recorded: Trace) -> dict[str, Any]:
             if _is_factor(fn):
                 roles.append((name, site["infer"].get(ROLE_KEY, "loss")))
                 continue
+            _check_observed(name, fn, tilts)
             roles.append((name, "data"))
             observed.append(name)
             unknown_constant += [name] if partitions and partitions[-1] == name else []
@@ -180,8 +187,16 @@ def _describe(recorded: Trace) -> dict[str, Any]:
     }
 
 
+def _check_names(recorded: Trace) -> None:
+    first: dict[str, str] = {}
+    for name in recorded:
+        other = first.setdefault(variable(name), name)
+        if other != name:
+            raise EnergyError(f"Sites '{other}' and '{name}' would be one variable of the results: rename one.")
+
+
 def _is_factor(fn: dist.Distribution) -> bool:
-    while isinstance(fn, (dist.ExpandedDistribution, dist.MaskedDistribution, dist.Independent)):
+    while isinstance(fn, WRAPPERS):
         fn = fn.base_dist
     return isinstance(fn, dist.Unit)
 
@@ -195,6 +210,18 @@ def _dim_names(site: dict[str, Any], ndim: int) -> tuple[str | None, ...]:
         if 0 <= position < ndim:
             names[position] = frame.name
     return tuple(names)
+
+
+def _check_observed(name: str, fn: dist.Distribution, tilts: list[EnergyDistribution]) -> None:
+    while isinstance(fn, (*WRAPPERS, dist.TransformedDistribution)):
+        fn = fn.base_dist
+    if all(tilt.is_normalized for tilt in tilts) or isinstance(fn, EnergyDistribution):
+        return
+    raise EnergyError(
+        f"Observed site '{name}' has an EnergyDistribution without log_partition inside {type(fn).__name__}: what the "
+        "rest of that weighs beside it depends on the missing partition function, and so would the posterior. Pass "
+        "log_partition=..., or observe the EnergyDistribution at a site of its own."
+    )
 
 
 def _check_enumerable(name: str, site: dict[str, Any]) -> None:
@@ -273,7 +300,7 @@ def _dependent_partitions(
         found = {}
         for name in sites:
             tilts = [tilt for tilt in tilted_parts(recorded[name]["fn"]) if not tilt.is_normalized]
-            points = [jnp.full(tilt.shape(), probe) for tilt in tilts]
+            points = [jnp.full(tilt.shape(), probe, int if tilt.support.is_discrete else float) for tilt in tilts]
             with numpyro.validation_enabled(False):
                 found[name] = [(tilt.tilt(x), tilt.base.log_prob(x)) for tilt, x in zip(tilts, points, strict=True)]
         return found

@@ -9,9 +9,11 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from limits import z_limit
 from numpyro.handlers import seed
 from numpyro.infer.util import log_density
 from scipy.integrate import quad
+from scipy.special import logsumexp
 
 import ebm_ppl
 from ebm_ppl.distribution import reference_of, tilt_of, tilted_parts
@@ -169,6 +171,39 @@ def test_arguments_are_checked():
 def test_no_sampler():
     with pytest.raises(NotImplementedError):
         ebm_ppl.EnergyDistribution(quartic, dist.Normal(0.0, 1.0)).sample(jax.random.key(0))
+
+
+LEVELS = jnp.array([0.3, -1.0, 2.0])
+LOOKUP = ebm_ppl.EnergyDistribution(lambda k: LEVELS[k], dist.Categorical(probs=jnp.array([0.2, 0.5, 0.3])))
+
+
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_on_a_finite_support_it_is_drawn_from(shape):
+    tilted, num = LOOKUP.expand(shape), 20_000
+    draws = np.asarray(tilted.sample(jax.random.key(0), (num,)))
+    share = np.array([0.2, 0.5, 0.3]) * np.exp(-LEVELS)
+    share = share / share.sum()
+    assert draws.shape == (num, *shape) and draws.dtype.kind == "i"
+    counts = np.apply_along_axis(np.bincount, 0, draws, minlength=3).T / num
+    assert np.all(np.abs(counts - share) < z_limit(2 * 3) * np.sqrt(share * (1 - share) / num))
+
+
+def test_on_a_finite_support_a_latent_one_is_summed_out():
+    """The energies of the prior and of the data against sums by hand."""
+
+    def model():
+        k = numpyro.sample("k", LOOKUP)
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(x + k, 0.5), obs=1.5)
+
+    target, x = ebm_ppl.target(model), 0.4
+    log_reference, energies = target.terms(jnp.array([x]))
+    share = np.array([0.2, 0.5, 0.3])
+    log_prior = np.log(share) - LEVELS
+    log_joint = log_prior + dist.Normal(x + np.arange(3), 0.5).log_prob(1.5)
+    assert log_reference == pytest.approx(float(dist.Normal(0.0, 1.0).log_prob(x)), abs=1e-12)
+    assert energies["prior"] == pytest.approx(-float(logsumexp(log_prior)), abs=1e-12)
+    assert energies["data"] == pytest.approx(float(logsumexp(log_prior) - logsumexp(log_joint)), abs=1e-12)
 
 
 # Pytrees and jit

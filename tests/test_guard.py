@@ -238,6 +238,40 @@ def test_taken(model):
     target.require_tractable()
 
 
+def a_lookup():
+    theta = numpyro.sample("theta", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    numpyro.sample("y", ebm_ppl.EnergyDistribution(lambda k: theta[k], dist.Categorical(probs=jnp.ones(3) / 3)), obs=1)
+
+
+def test_an_energy_that_looks_up_its_value_is_refused():
+    assert ebm_ppl.target(a_lookup).spec.intractable == (("y", ("theta",)),)
+
+
+@pytest.mark.parametrize("log_partition", [None, 0.0])
+def test_part_of_an_observed_mixture_needs_its_log_partition(log_partition):
+    """The weight of the other components against it depends on Z, though Z itself depends on no site."""
+
+    def model():
+        weight = numpyro.sample("weight", dist.Dirichlet(jnp.ones(2)))
+        parts = [tilted(1.0, log_partition=log_partition), dist.Normal(0.0, 1.0)]
+        observe(dist.MixtureGeneral(dist.Categorical(weight), parts))
+
+    if log_partition is None:
+        with pytest.raises(ebm_ppl.EnergyError, match=r"'y'.*MixtureGeneral.*log_partition"):
+            ebm_ppl.target(model)
+    else:
+        ebm_ppl.target(model).require_tractable()
+
+
+def test_a_transformed_observation_needs_none():
+    def model():
+        numpyro.sample("theta", dist.Normal(0.0, 1.0))
+        scaled = dist.TransformedDistribution(tilted(1.0), dist.transforms.AffineTransform(0.0, 2.0))
+        numpyro.sample("y", scaled, obs=0.3)
+
+    assert ebm_ppl.target(model).spec.unknown_constant == ("y",)
+
+
 def test_only_the_prior_need_be_tractable_for_prior_draws():
     prior_only = ebm_ppl.target(directly).prior()
     prior_only.require_tractable()
