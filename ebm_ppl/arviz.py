@@ -11,7 +11,11 @@
     history            (run)              of `log_z_to_datatree`: what was known after each run
     tempering          (rung)             the ladder of parallel tempering: beta, rejection_rate, accept_rate, ...
 
-Names of dimensions come from the plates of the model, or from the user's `dims`.
+A site whose log Z is missing has no log likelihood. Of draws of the prior the groups are `prior`, `sample_stats_prior`
+and so on, so that both fit into one tree.
+
+Names of dimensions come from the plates of the model, or from the user's `dims`. A tree takes `/` for a path: the
+variable of a site `network/weight` is `network.weight`.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import jax
 import numpy as np
 
 from ebm_ppl import parallel
+from ebm_ppl.spec import variable
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Array, Draws, LogZ
 
@@ -48,24 +53,25 @@ def to_datatree(
     """A DataTree of the draws of a target.
 
     Args:
-        group: `"posterior"` or `"prior"`.
+        group: `"posterior"` or `"prior"`, which says what the others are called, too.
         coords, dims: as in ArviZ, by name of dimension and of variable; they win over the names of plates.
         log_likelihood: whether to evaluate the pointwise log likelihood of the observed sites.
     """
     values, energies, likelihood = _read(target, draws.z, log_likelihood)
     stats = {name: np.asarray(value) for name, value in draws.stats.items()}
     stats |= {f"energy_{name}": value for name, value in energies.items()}
-    groups = {group: values, "sample_stats": stats, "log_likelihood": likelihood}
+    suffix = "_prior" if group == "prior" else ""
+    groups = {group: values, f"sample_stats{suffix}": stats, "log_likelihood": likelihood}
     if target.spec.observed:
         groups["observed_data"] = observed_data(target)
     tree = from_groups(target, groups, coords=coords, dims=dims)
     tree.attrs.update(draws.attrs)
-    for name in (group, "sample_stats"):
+    for name in (group, f"sample_stats{suffix}"):
         if name in tree:
             tree[name].attrs.update(draws.attrs)
     if target.spec.observed:
         tree.attrs["data_id"] = _fingerprint(groups["observed_data"])
-    _add_path(tree, target, draws, coords, dims)
+    _add_path(tree, target, draws, suffix, coords, dims)
     return tree
 
 
@@ -79,7 +85,9 @@ def from_groups(
     """ArviZ groups from dictionaries of arrays, with the names of dimensions that the model knows."""
     from arviz_base import from_dict
 
-    known = {name: value for name, value in groups.items() if value}
+    known = {
+        group: {variable(name): value for name, value in values.items()} for group, values in groups.items() if values
+    }
     shapes = {
         name: np.shape(value)[0 if group == "observed_data" else 2 :]
         for group, values in known.items()
@@ -90,7 +98,8 @@ def from_groups(
 
 def _dims(target: Target, shapes: Mapping[str, tuple[int, ...]], wanted: Dims) -> dict[str, list[str]]:
     """Names of dimensions of each variable: the user's, else the plate's, else ArviZ's default."""
-    plates = dict(target.spec.dims)
+    plates = {variable(name): names for name, names in target.spec.dims}
+    wanted = {variable(name): names for name, names in wanted.items()}
     named = {}
     for name, shape in shapes.items():
         if name in wanted:
@@ -104,6 +113,7 @@ def _dims(target: Target, shapes: Mapping[str, tuple[int, ...]], wanted: Dims) -
 
 def _safe(plate: str | None, variables: Mapping[str, Any]) -> str | None:
     """xarray cannot have a dimension with the name of a variable."""
+    plate = plate and variable(plate)
     return f"{plate}_dim" if plate in variables or plate in ("chain", "draw") else plate
 
 
@@ -123,13 +133,15 @@ def _read(target: Target, z: Any, log_likelihood: bool) -> tuple[dict, dict, dic
 def _read_off(z: Array, target: Target, log_likelihood: bool) -> tuple[dict, dict, dict]:
     """All that is read off the draws of one chain."""
     factors = [name for name, role in target.spec.roles if role != "data"]
-    wants_likelihood = log_likelihood and bool(target.spec.observed) and not target.spec.discrete
+    known = set(target.spec.observed) - {*target.spec.unknown_constant, *target.spec.ignored}
+    wants_likelihood = log_likelihood and bool(known) and not target.spec.discrete
 
     def one(z: Array) -> tuple[dict, dict, dict]:
         energies = {}
         if factors and not target.spec.discrete:
             energies = {name: energy for name, energy in target.energies(z).items() if name in factors}
         likelihood = target.log_likelihood(z) if wants_likelihood else {}
+        likelihood = {name: value for name, value in likelihood.items() if name in known}
         return target.constrain(z), energies, likelihood
 
     return jax.vmap(one)(z)
@@ -194,7 +206,9 @@ def _fingerprint(values: Mapping[str, np.ndarray]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
-def _add_path(tree: xr.DataTree, target: Target, draws: Draws, coords: Coords | None, dims: Dims | None) -> None:
+def _add_path(
+    tree: xr.DataTree, target: Target, draws: Draws, suffix: str, coords: Coords | None, dims: Dims | None
+) -> None:
     """The groups of tempered methods, rectangular and safe for netCDF."""
     import xarray as xr
 
@@ -202,7 +216,7 @@ def _add_path(tree: xr.DataTree, target: Target, draws: Draws, coords: Coords | 
         values, _, _ = _read(target, draws.particles["z"], False)
         values["log_weight"] = np.asarray(draws.particles["log_weight"])
         weighted = from_groups(target, {"posterior": values}, coords=coords, dims=dims)["posterior"].to_dataset()
-        tree["particles"] = xr.DataTree(weighted.rename(draw="particle"))
+        tree[f"particles{suffix}"] = xr.DataTree(weighted.rename(draw="particle"))
     if draws.stages is not None:
         each = draws.stages["num_evaluations"].astype(float)
         so_far = {"total_evaluations": np.where(np.isnan(each), np.nan, np.nancumsum(each, axis=1))}
@@ -210,9 +224,10 @@ def _add_path(tree: xr.DataTree, target: Target, draws: Draws, coords: Coords | 
             name: (("chain", "stage")[2 - np.ndim(value) :], np.asarray(value))
             for name, value in (draws.stages | so_far).items()
         }
-        tree["smc"] = xr.DataTree(xr.Dataset(path))
+        tree[f"smc{suffix}"] = xr.DataTree(xr.Dataset(path))
     if draws.log_z is not None:
-        tree["log_z"] = xr.DataTree(xr.Dataset({name: ("chain", value) for name, value in draws.log_z.items()}))
+        runs = {name: ("chain", value) for name, value in draws.log_z.items()}
+        tree[f"log_z{suffix}"] = xr.DataTree(xr.Dataset(runs))
     if draws.tempering is not None:
         rungs = {name: ("rung", value) for name, value in draws.tempering.items()}
-        tree["tempering"] = xr.DataTree(xr.Dataset(rungs))
+        tree[f"tempering{suffix}"] = xr.DataTree(xr.Dataset(rungs))

@@ -25,13 +25,12 @@ from ebm_ppl.mcmc import ChainState
 from ebm_ppl.probe import check_tails
 from ebm_ppl.sharding import Mesh
 from ebm_ppl.smc import SMC
+from ebm_ppl.spec import variable
 from ebm_ppl.target import Target, energies_model, predictive_model
 from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey, as_key
 
 if TYPE_CHECKING:
     import xarray as xr
-
-NUM_CHAINS = 4
 
 
 def sample(
@@ -66,11 +65,12 @@ def sample(
         thin: keep every `thin`-th draw.
         init: `"uniform"` on (-2, 2) in unconstrained space, `"reference"` for draws of the reference, or a
             dictionary of values of the latent sites.
-        state: continue a run from its returned state, without a warm-up; the same sampler must be passed.
+        state: continue a run from its returned state, without a warm-up, of the same target by the same sampler.
         return_state: return `(data, state)`.
         progress_bar: show progress, in a terminal or a notebook.
         coords, dims: as in ArviZ; the names of plates are used where they are silent.
-        log_likelihood: whether to keep the pointwise log likelihood, which `arviz.loo` needs.
+        log_likelihood: whether to keep the pointwise log likelihood, which `arviz.loo` needs. That of an
+            `EnergyDistribution` without its `log_partition` is not one, and never kept.
         mesh: of `jax.make_mesh`: its devices share the chains, or the particles of `SMC`; see `sharding.py`.
 
     Returns:
@@ -80,6 +80,7 @@ def sample(
     Raises:
         IntractablePartitionError: where a partition function depends on latent sites and is not known.
         NonFiniteEnergyError: where no finite starting point is found, or an energy is -inf.
+        EnergyError: where a state is of another target, sampler or number of chains.
 
     Example:
         >>> data = ebm_ppl.sample(jax.random.key(0), ebm_ppl.target(model, y=y))
@@ -94,7 +95,7 @@ def sample(
                 "num_samples, num_warmup, thin and state alone."
             )
         check_tails(target, needs_normalisation=True)
-        num_runs = NUM_CHAINS if num_chains is None else num_chains
+        num_runs = mcmc.NUM_CHAINS if num_chains is None else num_chains
         draws = weigh(key, target, sampler, num_runs, progress_bar, mesh=mesh)
         return to_datatree(target, draws, coords=coords, dims=dims, log_likelihood=log_likelihood)
     if isinstance(sampler, ParallelTempering):
@@ -116,7 +117,7 @@ def sample(
         key,
         target,
         sampler,
-        num_chains=NUM_CHAINS if num_chains is None else num_chains,
+        num_chains=num_chains,
         num_warmup=500 if num_warmup is None else num_warmup,
         num_samples=1000 if num_samples is None else num_samples,
         thin=thin,
@@ -141,7 +142,8 @@ def prior_predictive(
 ) -> xr.DataTree:
     """Draws of the prior, tilted by its energies, and of the data under it: groups `prior`, `prior_predictive`.
 
-    Without prior energies the draws are exact; with them they come from a sampler on the prior alone.
+    Without prior energies the draws are exact; with them they come from a sampler on the prior alone, whose statistics
+    are in `sample_stats_prior`. Add all to a result by `data.update(prior_predictive(key, target))`.
 
     Args:
         num_samples: draws, or particles of the default SMC.
@@ -198,7 +200,7 @@ def posterior_predictive(
 
 def _predict(key: PRNGKey, target: Target, draws: Any, *, given: Target) -> dict[str, np.ndarray]:
     """Data of `target` for each draw; discrete sites are drawn by their conditional distribution under `given`."""
-    latents = {name: jnp.asarray(draws[name].values) for name in target.latent_names}
+    latents = {name: jnp.asarray(draws[variable(name)].values) for name in target.latent_names}
     sites = target.spec.observed
     if not sites:
         return {}

@@ -11,6 +11,7 @@ one place for progress and for errors about the numbers.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,32 +23,22 @@ import numpy as np
 from ebm_ppl import kernels, parallel, sharding
 from ebm_ppl.centring import Centring, before_learning, learn_centring
 from ebm_ppl.independence import require_chains
-from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning, hmc_state
+from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning
 from ebm_ppl.pieces import in_pieces, loop, written
 from ebm_ppl.sharding import Mesh
+from ebm_ppl.starts import Chain, chain_at, finite_chains, given_point
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, NonFiniteEnergyError, PRNGKey
 from ebm_ppl.warmup import WarmupState, end_stretch, halves, learn, unlearned, warmup_of, windows
 
 Sampler = NUTS | HMC | MALA | MCLMC
-START_TRIES = 100
-START_RADIUS = 2.0
+NUM_CHAINS = 4
+"""Where nothing is said."""
 LONGEST_PIECE = 2000
 LARGEST_RECORD = 2**23
 """Most numbers in the record of a chain's positions."""
-OF_CHAINS, SHARED = 0, 1
-"""What is folded into a run's key for the keys of its chains, and for what they share."""
-
-
-class Chain(NamedTuple):
-    """One chain on its way; several along a leading axis."""
-
-    kernel: Any
-    """State of the kernel: position, log density and gradient."""
-    key: Array
-    """Step number i uses `fold_in(key, i)`."""
-    adaptation: Any
-    """Its dual averaging; the whole tuning for the unadjusted kernel, whose chains share nothing."""
+SHARED = 1
+"""What is folded into a run's key for what its chains share; `starts.OF_CHAINS` is for the keys of the chains."""
 
 
 class ChainState(NamedTuple):
@@ -61,6 +52,7 @@ class ChainState(NamedTuple):
     """Number of steps made so far."""
     key: PRNGKey
     """Of the run: what its chains share at step number i uses `fold_in(fold_in(key, SHARED), i)`."""
+    sampler: Sampler
     mesh: Mesh | None = None
     """Whose devices share the chains, which are then one part."""
 
@@ -70,7 +62,7 @@ def run(
     target: Target,
     sampler: Sampler,
     *,
-    num_chains: int,
+    num_chains: int | None,
     num_warmup: int,
     num_samples: int,
     thin: int = 1,
@@ -90,9 +82,11 @@ def run(
         raise ValueError("The model has no continuous latent site to sample.")
     learned, mesh = None, sharding.flat(mesh)
     if state is None:
+        num_chains = NUM_CHAINS if num_chains is None else num_chains
         state, learned = _start(key, target, sampler, num_chains, num_warmup, init, mesh)
         meanwhile(np.empty((num_chains, num_samples, target.dim), state.parts[0].kernel.position.dtype))
     else:
+        _check_continues(state, target, sampler, num_chains)
         state, num_warmup = _moved(state, mesh), 0
     warmup_steps = 0 if _is_unadjusted(sampler) else num_warmup
     evaluations = 0
@@ -116,6 +110,30 @@ def run(
         attrs["num_evaluations"] = evaluations + int(stats["n_steps"].sum())
     _warn(attrs, z.shape[0] * z.shape[1])
     return Draws(z[:, thin - 1 :: thin], jax.tree.map(lambda x: x[:, thin - 1 :: thin], stats), attrs), state
+
+
+def _check_continues(state: ChainState, target: Target, sampler: Sampler, num_chains: int | None) -> None:
+    """Raises where chains are not of this target, by their log densities, or not of this sampler and number."""
+    if sampler != state.sampler:
+        raise EnergyError(f"The state to continue is of {state.sampler}, and the sampler now is {sampler}.")
+    num = sum(len(part.key) for part in state.parts)
+    if num_chains not in (None, num):
+        raise EnergyError(f"The state to continue is of {num} chains, and num_chains is {num_chains}.")
+    for part in state.parts:
+        known, position = part.kernel.logdensity, part.kernel.position
+        if position.shape[1:] == (target.dim,):
+            [now] = parallel.over(_log_density, [position], target, hurry=True, mesh=state.mesh)
+            rounding = math.sqrt(np.finfo(known.dtype).eps) * (1 + np.abs(known))
+            if np.all(np.abs(now - known) <= rounding):
+                continue
+        raise EnergyError(
+            "The state to continue is of another target: the log densities of its chains are not those of this model "
+            "with these data. Start new chains there: init= takes values of the latent sites."
+        )
+
+
+def _log_density(z: Array, target: Target) -> Array:
+    return target.log_density(z)
 
 
 def _is_unadjusted(sampler: Sampler) -> bool:
@@ -163,7 +181,8 @@ def _steps(
     target: Target, sampler: Sampler, state: ChainState, length: int, bar: Any, *, warming_up: bool = False
 ) -> tuple[ChainState, dict[str, np.ndarray]]:
     """The state after `length` steps, and their record, (chain, step, ...); that of the warm-up has gradients."""
-    parts, whole, ends = list(state.parts), None, [0] * len(state.parts)
+    parts, ends = list(state.parts), [0] * len(state.parts)
+    whole: Any = None
     shared = target, sampler, state.tuning, state.key, np.array(warming_up)
     for piece in in_pieces(_advance, parts, state.step, length, _capacity(target.dim), *shared, mesh=state.mesh):
         piece = piece if warming_up else piece._replace(record=_checked(piece.record))
@@ -228,7 +247,7 @@ def _start(
     sharding.require_equal_shares(num_chains, mesh, "chains")
     start = init
     if isinstance(init, dict):
-        start = _given_point(target, init)
+        start = given_point(target, init)
     elif init == "reference":
         target.require_reference()
     elif init != "uniform":
@@ -238,13 +257,13 @@ def _start(
     if sampler.metric == "auto" and not _is_unadjusted(sampler):
         tuning = tuning._replace(centring=before_learning(target))
     beginning = key, target, start, learned.step_size
-    chains, _ = parallel.prepare_over(_chain_at, members[0], *beginning, hurry=True, mesh=mesh).shapes
+    chains, _ = parallel.prepare_over(chain_at, members[0], *beginning, hurry=True, mesh=mesh).shapes
     tune = target, max(num_warmup, 60)
     if _is_unadjusted(sampler):
         chains = parallel.prepare_over(_tuned, chains, *tune, mesh=mesh).shapes
-    coming = ChainState([chains] * len(members), tuning, 0, key, mesh)
+    coming = ChainState([chains] * len(members), tuning, 0, key, sampler, mesh)
     _prepare_steps(target, sampler, coming, learned, num_warmup)
-    parts = _finite_chains(members, mesh, *beginning)
+    parts = finite_chains(members, mesh, *beginning)
     if _is_unadjusted(sampler):
         parts = parallel.over(_tuned, parts, *tune, mesh=mesh)
     return coming._replace(parts=parts), learned
@@ -280,71 +299,11 @@ def _prepare_steps(target: Target, sampler: Sampler, state: ChainState, learned:
         parallel.prepare_once(end_stretch, sampler, learned, adaptations, target.dim, is_window)
 
 
-def _finite_chains(
-    members: list[Any], mesh: Mesh | None, key: PRNGKey, target: Target, start: Any, adaptation: Any
-) -> list[Chain]:
-    """All chains in parts, where log density and gradient are finite, after a bounded number of tries."""
-    for _ in range(START_TRIES):
-        results = parallel.over(_chain_at, members, key, target, start, adaptation, hurry=True, mesh=mesh)
-        finite = [np.asarray(ok) for _, ok in results]
-        if all(map(np.all, finite)):
-            return [chains for chains, _ in results]
-        members = [(index, tries + ~ok) for (index, tries), ok in zip(members, finite, strict=True)]
-    positions = np.concatenate([chains.kernel.position for chains, _ in results])
-    raise NonFiniteEnergyError(
-        f"No starting point with finite log density and gradient in {START_TRIES} tries. "
-        + _explain(target, jnp.asarray(positions[int(np.argmin(np.concatenate(finite)))]))
-    )
-
-
-def _chain_at(
-    member: tuple[Array, Array], key: PRNGKey, target: Target, start: Any, adaptation: Any
-) -> tuple[Chain, Array]:
-    """A chain at a starting point, another for each try, and whether log density and gradient are finite there.
-
-    The points are uniform on (-2, 2) in unconstrained space, draws of the reference, or the one given.
-    """
-    index, tries = member
-    key_start, key_chain = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, OF_CHAINS), index))
-    key_start = jax.random.fold_in(key_start, tries)
-    if isinstance(start, str) and start == "uniform":
-        z = jax.random.uniform(key_start, (target.dim,), minval=-START_RADIUS, maxval=START_RADIUS)
-    else:
-        z = target.sample_reference(key_start) if isinstance(start, str) else start
-    state = hmc_state(z, target.log_density)
-    finite = jnp.isfinite(state.logdensity) & jnp.all(jnp.isfinite(state.logdensity_grad))
-    return Chain(state, key_chain, adaptation), finite
-
-
 def _tuned(chain: Chain, target: Target, num_steps: int) -> Chain:
     """A chain of the unadjusted kernel after its tuning, which it makes alone."""
     key = jax.random.fold_in(chain.key, 2**32 - 1)  # no step will have this number
     state, tuning = kernels.tune_unadjusted_mclmc(key, chain.kernel.position, target.log_density, num_steps)
     return Chain(state, chain.key, tuning)
-
-
-def _given_point(target: Target, values: dict[str, Any]) -> Array:
-    missing = [name for name in target.latent_names if name not in values]
-    if missing:
-        raise EnergyError(f"init gives no value for the latent sites {', '.join(map(repr, missing))}.")
-    return target.unconstrain(values)
-
-
-def _explain(target: Target, z: Array) -> str:
-    """Which site is not finite at a point, as a sentence."""
-    constrained = {name: np.asarray(value).tolist() for name, value in target.constrain(z).items()}
-    if target.spec.discrete:
-        log_reference, energies = target.terms(z)
-        references = {"the reference": log_reference}
-    else:
-        references, energies = target.site_terms(z)
-    bad = [f"'{name}' (log density {value})" for name, value in references.items() if not jnp.isfinite(value)]
-    bad += [f"'{name}' (energy {value})" for name, value in energies.items() if not jnp.isfinite(value)]
-    what = ", ".join(bad) if bad else "the gradient of the log density (all values are finite)"
-    return (
-        f"Not finite: {what}. Example point: {constrained}. "
-        "Check these sites there, or pass init= with values at which they are finite."
-    )
 
 
 def _checked(record: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -83,7 +83,8 @@ def plot_energies(data: xr.DataTree, prior: xr.DataTree | None = None) -> Figure
 
     Args:
         data: a result of `sample`, whose `sample_stats` hold `energy_<name>`.
-        prior: result of `prior_predictive` for the same target; draws its energies too.
+        prior: result of `prior_predictive` for the same target, unless that was added to `data`; draws its energies
+            too.
 
     Raises:
         EnergyError: where the model has no energy terms.
@@ -95,7 +96,8 @@ def plot_energies(data: xr.DataTree, prior: xr.DataTree | None = None) -> Figure
     if not names:
         raise EnergyError("This result has no energy terms: the model has no energy_factor and no EnergyDistribution.")
     figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), squeeze=False, layout="constrained")
-    before = prior["sample_stats"].to_dataset() if prior is not None and "sample_stats" in prior.children else {}
+    prior = data if prior is None else prior
+    before = prior["sample_stats_prior"].to_dataset() if "sample_stats_prior" in prior.children else {}
     for axis, name in zip(axes.flat, names, strict=True):
         shown = [("posterior", stats[name].values.ravel())]
         if name in before:

@@ -54,7 +54,8 @@ from ebm_ppl.kernels import HMC, require_adjusted
 from ebm_ppl.moves import move
 from ebm_ppl.sharding import Layout, Mesh
 from ebm_ppl.stages import StageInfo, as_path, check, check_start, final_values, phase_estimates
-from ebm_ppl.target import Phase, Tilted
+from ebm_ppl.starts import explain
+from ebm_ppl.target import Phase, Target, Tilted
 from ebm_ppl.typing import Array, Draws, EnergyError, PRNGKey
 from ebm_ppl.weighing import join, weigh
 
@@ -149,7 +150,8 @@ def run(
         phase, tempered = coming
         clouds = [cloud._replace(centring=None) for cloud in clouds]
         clouds = parallel.over(enter, clouds, tempered, phase, layout)
-        check_start(np.concatenate([cloud.energy for cloud in clouds]), phase)
+        energy, z = (np.concatenate([getattr(cloud, name) for cloud in clouds]) for name in ("energy", "z"))
+        check_start(energy, phase, lambda run, z=z: _example(target, z[run, 0]))
         first = len(infos)
         clouds, passed = _run_phase(keys, tempered, sampler, layout, phase, clouds, first, progress_bar, visit)
         log_z |= phase_estimates(phase, passed, num_runs, clouds[0].z.dtype)
@@ -171,6 +173,11 @@ def run(
     }
     particles = {"z": weighted.reshape(num_runs, -1, target.dim), "log_weight": log_weight.reshape(num_runs, -1)}
     return Draws(z, {}, attrs, particles=particles, stages=path, log_z=log_z)
+
+
+def _example(target: Tilted, z: np.ndarray) -> str:
+    """What is wrong with a particle, in a model whose sites have names."""
+    return explain(target, jnp.asarray(z)) if isinstance(target, Target) else ""
 
 
 def laid_out(
@@ -334,6 +341,6 @@ def _one_stage(
         num_evaluations=num // length * (moved.leapfrogs + 1.0) + num,
         num_nan=moved.num_nan + jnp.sum(nan),
         num_zero=jnp.sum(energy == jnp.inf),
-        num_infinite=jnp.sum(cloud.energy == -jnp.inf),
+        num_infinite=jnp.maximum(jnp.sum(cloud.energy == -jnp.inf), jnp.sum(new_energy == -jnp.inf)),
     )
     return after, jax.tree.map(lambda x: jnp.asarray(x, z.dtype), info)

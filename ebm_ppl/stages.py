@@ -9,6 +9,7 @@ phase_estimates    value and standard error of a phase's log Z for each run
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,17 +40,23 @@ class StageInfo(NamedTuple):
     num_infinite: Array
 
 
-def check_start(energy: np.ndarray, phase: str) -> None:
-    """Raises where a run enters a phase with no particle alive, before anything large is compiled."""
-    if not np.all(np.any(energy < np.inf, axis=1)):
-        raise _degenerate(energy.shape[1], f"stage 1 of the {phase} phase")
+def check_start(energy: np.ndarray, phase: str, example: Callable[[int], str]) -> None:
+    """Raises where a run enters a phase with no particle alive, before anything large is compiled.
+
+    Args:
+        energy: (run, particle).
+        example: a sentence about a particle of a run in which none is alive.
+    """
+    alive = np.any(energy < np.inf, axis=1)
+    if not np.all(alive):
+        raise _degenerate(energy.shape[1], f"stage 1 of the {phase} phase", example(int(np.argmin(alive))))
 
 
-def _degenerate(num_particles: int, where: str) -> DegenerateParticlesError:
+def _degenerate(num_particles: int, where: str, example: str = "") -> DegenerateParticlesError:
     return DegenerateParticlesError(
         f"All {num_particles} particles have zero mass (an energy of +inf or NaN) at {where}: no draw of the reference "
         "satisfies the model. Check the observed values against their supports, soften a hard constraint, or use more "
-        "particles."
+        f"particles. {example}".rstrip()
     )
 
 
@@ -64,7 +71,7 @@ def check(info: StageInfo, phase: str, stage: int, num_particles: int, max_stage
     if np.any(info.num_zero >= num_particles):
         raise _degenerate(num_particles, where)
     stalled = info.temperature_step < SMALLEST_STEP
-    if np.any(stalled) or stage >= max_stages:
+    if np.any(stalled) or (stage >= max_stages and np.nanmin(info.beta) < 1.0):
         raise TemperingStalledError(
             f"Tempering stalled at {where}: inverse temperature {np.nanmin(info.beta):.3e}, step "
             f"{np.nanmin(info.temperature_step):.1e}, effective particles {np.nanmin(info.ess):.1f} of "

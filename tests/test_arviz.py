@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import xarray as xr
 from arviz_stats import loo
 from limits import t_limit, z_limit
 from numpyro.contrib.control_flow import scan
+from numpyro.contrib.module import random_eqx_module
 from scipy.integrate import quad
 from scipy.special import expit
 
@@ -202,6 +204,73 @@ def same(first: xr.DataTree, second: xr.DataTree) -> None:
     for name in first.children:
         xr.testing.assert_identical(first[name].to_dataset(), second[name].to_dataset())
     assert set(first.attrs) == set(second.attrs)
+
+
+def network_in_a_scope(y):
+    """Sites whose names are paths: `first/network/weight`, `first/tilt`, `first/y` in a plate `first/n`."""
+
+    def inner():
+        network = random_eqx_module(
+            "network", eqx.nn.Linear(1, "scalar", use_bias=False, key=jax.random.key(0)), prior=dist.Normal(0.0, 1.0)
+        )
+        ebm_ppl.energy_factor("tilt", network(jnp.ones(1)) ** 2)
+        with numpyro.plate("n", 3):
+            numpyro.sample("y", dist.Normal(network(jnp.ones(1)), 1.0), obs=y)
+
+    with numpyro.handlers.scope(prefix="first"):
+        inner()
+
+
+@pytest.mark.parametrize("sampler", [ebm_ppl.NUTS(), ebm_ppl.SMC(num_particles=100)], ids=lambda s: s.name)
+def test_names_that_are_paths(sampler, tmp_path):
+    target = ebm_ppl.target(network_in_a_scope, Y)
+    short = {} if sampler.name == "SMC" else {"num_warmup": 100, "num_samples": 100}
+    data = ebm_ppl.sample(jax.random.key(0), target, sampler, num_chains=2, progress_bar=False, **short)
+    data.update(ebm_ppl.posterior_predictive(jax.random.key(1), target, data))
+    data.to_netcdf(tmp_path / "data.nc", engine="h5netcdf")
+    data = xr.load_datatree(tmp_path / "data.nc", engine="h5netcdf")
+    weight = data["posterior"]["first.network.weight"].values[..., 0, 0]
+    np.testing.assert_allclose(data["sample_stats"]["energy_first.tilt"], weight**2, rtol=1e-10)
+    exact = dist.Normal(weight[..., None], 1.0).log_prob(Y)
+    np.testing.assert_allclose(data["log_likelihood"]["first.y"], exact, rtol=1e-10)
+    assert data["observed_data"]["first.y"].dims == ("first.n",)
+    assert data["posterior_predictive"]["first.y"].dims == ("chain", "draw", "first.n")
+
+
+def test_names_that_are_one_variable_are_refused():
+    def clash():
+        for name in ("a/b", "a.b"):
+            numpyro.sample(name, dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ebm_ppl.EnergyError, match=r"'a/b' and 'a\.b'"):
+        ebm_ppl.target(clash)
+
+
+def test_the_prior_fits_into_the_tree_of_the_posterior(particles, target):
+    """Its statistics do not take the place of the posterior's."""
+    data = particles.copy()
+    data.update(ebm_ppl.prior_predictive(jax.random.key(2), target, num_samples=PARTICLES))
+    for name in COMMON | {"particles", "smc", "log_z"}:
+        assert data[name].to_dataset().equals(particles[name].to_dataset()), name
+    effect = data["prior"]["effect"].values
+    np.testing.assert_allclose(data["sample_stats_prior"]["energy_smooth"], np.sum(np.diff(effect) ** 2, -1))
+    assert {"particles_prior", "smc_prior", "log_z_prior", "prior_predictive"} <= set(data.children)
+
+
+@pytest.mark.parametrize(("log_partition", "known"), [(None, False), ("ignore", False), (-0.5, True)])
+def test_no_log_likelihood_without_log_z(log_partition, known):
+    def energies(y):
+        numpyro.sample("x", dist.Normal(0.0, 1.0))
+        tilted = ebm_ppl.EnergyDistribution(jnp.square, dist.Normal(0.0, 1.0), log_partition=log_partition)
+        with numpyro.plate("n", 3):
+            numpyro.sample("y", tilted, obs=y)
+
+    data = draw_chains(ebm_ppl.target(energies, Y))
+    assert ("log_likelihood" in data.children) == known
+    if known:
+        np.testing.assert_allclose(
+            data["log_likelihood"]["y"][0, 0], dist.Normal(0.0, 1.0).log_prob(Y) - Y**2 + 0.5, rtol=1e-10
+        )
 
 
 def test_netcdf_round_trip(data, tmp_path):

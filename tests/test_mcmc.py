@@ -100,6 +100,66 @@ def test_state_is_returned_and_taken_by_sample():
     np.testing.assert_array_equal(both, whole["posterior"]["x"].values)
 
 
+def test_a_state_continues_its_own_target_alone():
+    _, state = _draws(ebm.NUTS(), num_samples=20)
+    short = {"num_warmup": 0, "num_samples": 20, "state": state, "progress_bar": False}
+    with pytest.raises(ebm.EnergyError, match="another target"):
+        ebm.sample(jax.random.key(0), ebm.target(_normal, Y + 1.0), **short)
+    with pytest.raises(ebm.EnergyError, match="another target"):
+        ebm.sample(jax.random.key(0), ebm.target(lambda: numpyro.sample("x", dist.Normal(0.0, 1.0))), **short)
+    target = ebm.target(_normal, Y)
+    with pytest.raises(ebm.EnergyError, match=r"NUTS.* is HMC"):
+        ebm.sample(jax.random.key(0), target, ebm.HMC(), **short)
+    with pytest.raises(ebm.EnergyError, match="2 chains, and num_chains is 4"):
+        ebm.sample(jax.random.key(0), target, num_chains=4, **short)
+
+
+def test_start_at_given_values():
+    given = {"init": {"x": np.array([3.0, -2.0])}, "num_warmup": 0, "num_samples": 1}
+    target = ebm.target(_normal, Y)
+    state = mcmc.run(jax.random.key(0), target, ebm.MALA(), num_chains=2, progress_bar=False, **given)[1]
+    start = mcmc._start(jax.random.key(0), target, ebm.MALA(), 2, 0, given["init"], None)[0]
+    np.testing.assert_array_equal(start.parts[0].kernel.position[0], [3.0, -2.0])
+    assert state.step == 1
+    with pytest.raises(ebm.EnergyError, match="no value for the latent sites 'x'"):
+        ebm.sample(jax.random.key(0), target, init={"z": 1.0}, progress_bar=False)
+
+
+@pytest.mark.parametrize("metric", ["diag", "low_rank"])
+def test_other_metrics(metric):
+    """Moments of a correlated normal distribution; a low rank finds its one long direction, a diagonal cannot."""
+    dim, slope = 20, 6.0
+
+    def model():
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([dim]).to_event(1))
+        numpyro.factor("tie", -0.5 * slope**2 * (jnp.sum(x**2) - jnp.sum(x) ** 2 / dim))
+
+    target = ebm.target(model)
+    data = ebm.sample(jax.random.key(0), target, ebm.NUTS(metric=metric), progress_bar=False)
+    along = data["posterior"]["x"].values.sum(-1) / np.sqrt(dim)
+    across = data["posterior"]["x"].values[..., 0] - along / np.sqrt(dim)
+    variances = 1.0, (1 - 1 / dim) / (1 + slope**2)
+    for values, variance in zip((along, across), variances, strict=True):
+        for moment, truth in ((values, 0.0), (values**2, variance)):
+            ess = float(array_stats.ess(moment, chain_axis=0, draw_axis=1, method="mean"))
+            assert ess > ENOUGH
+            assert abs(moment.mean() - truth) < z_limit(2 * 4) * moment.std() / np.sqrt(ess)
+    steps = float(data["sample_stats"]["n_steps"].mean())
+    assert steps < 8 if metric == "low_rank" else steps > 8
+
+
+def test_divergences_are_seen():
+    """Neal's funnel, whose neck is too narrow for a diagonal metric."""
+
+    def model():
+        v = numpyro.sample("v", dist.Normal(0.0, 3.0))
+        numpyro.sample("x", dist.Normal(0.0, jnp.exp(v / 2)).expand([9]).to_event(1))
+
+    data = ebm.sample(jax.random.key(0), ebm.target(model), ebm.NUTS(metric="diag"), progress_bar=False)
+    diverging = data["sample_stats"]["diverging"]
+    assert diverging.dtype == bool and data.attrs["num_divergent"] == int(diverging.sum()) > 0
+
+
 def test_thinning_keeps_every_third_draw_from_the_third_on():
     dense, _ = _draws(ebm.NUTS(), num_samples=150)
     thinned, _ = _draws(ebm.NUTS(), num_samples=50, thin=3)
@@ -288,7 +348,7 @@ def test_single_precision(run_in_float32):
             numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
 
         y = np.array([1.5, 1.5], np.float32)
-        for sampler in (ebm.NUTS(), ebm.MCLMC()):
+        for sampler in (ebm.NUTS(), ebm.HMC(), ebm.MALA(), ebm.MCLMC()):
             data = ebm.sample(jax.random.key(0), ebm.target(model, y), sampler, num_warmup=300,
                               num_samples=1000, progress_bar=False)
             x = data["posterior"]["x"].values
@@ -301,8 +361,8 @@ def test_single_precision(run_in_float32):
         """
     )
     scores = np.array(printed.split(), float)
-    assert len(scores) == 4
-    assert np.max(np.abs(scores)) < z_limit(4)
+    assert len(scores) == 8
+    assert np.max(np.abs(scores)) < z_limit(8)
 
 
 @pytest.mark.parametrize("num_warmup", [1, 10, 50, 89, 100, 500])

@@ -116,7 +116,8 @@ def make_round(
     replicas: list[Replica], target: Tilted, sampler: Sampler, ladder: Ladder, first: int, length: int, learning: bool
 ) -> tuple[list[Replica], Record]:
     """`length` moves from number `first` on, in pieces, and their record; step sizes adapt while `learning`."""
-    replicas, whole = list(replicas), None
+    replicas = list(replicas)
+    whole: Any = None
     shared, capacity = (target, sampler, ladder, np.array(learning)), _capacity(len(ladder.beta), target.dim)
     for piece in in_pieces(_advance, replicas, first, length, capacity, *shared, mesh=None):
         replicas[piece.index], record = piece.part, piece.record
