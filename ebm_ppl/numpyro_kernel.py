@@ -18,9 +18,11 @@ from blackjax.mcmc.hmc import HMCState
 from numpyro.handlers import seed
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
+from numpyro.util import is_prng_key
 
 from ebm_ppl.independence import require_chains
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
+from ebm_ppl.probe import check_tails
 from ebm_ppl.target import Target, target
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
 from ebm_ppl.warmup import FAST, FROZEN, WINDOW_END, Warmup, WarmupState, schedule, window_warmup
@@ -42,6 +44,10 @@ class KernelState(NamedTuple):
     num_steps: Array
     accept_prob: Array
     diverging: Array
+    nan_energy: Array
+    """Whether the trajectory met an energy of NaN, which was rejected as if it had zero density."""
+    infinite_density: Array
+    """Whether it met one of -inf, which was rejected, too."""
     adapt_state: AdaptState
     rng_key: Array
 
@@ -55,7 +61,9 @@ def as_numpyro_kernel(sampler: NUTS | HMC | MALA | MCLMC, model: Callable) -> Nu
 
     Returns:
         An `MCMCKernel`; each chain warms up by itself, in `num_warmup` steps of `MCMC`, and learns a metric but no
-        non-centred coordinates, which take the draws of a whole window.
+        non-centred coordinates, which take the draws of a whole window. What `ebm_ppl.sample` raises or warns of on its
+        way NumPyro's loop cannot: proposals of infinite density are rejected and count as divergences, and
+        `extra_fields=("nan_energy", "infinite_density")` of `MCMC.run` has what was met.
 
     Raises:
         EnergyError: for unadjusted MCLMC, whose tuning is no sequence of kernel steps, and for `Independence`.
@@ -96,7 +104,8 @@ class NumPyroKernel(MCMCKernel):
         model_kwargs = {} if model_kwargs is None else model_kwargs
         self._prototype = target(self.model, *model_args, **model_kwargs)
         self._prototype.require_tractable()
-        chain_axis = jnp.ndim(rng_key) > 0
+        check_tails(self._prototype, needs_normalisation=False)
+        chain_axis = not is_prng_key(rng_key)
         keys = jax.vmap(jax.random.split)(rng_key) if chain_axis else jax.random.split(rng_key)
         key_start, key_chain = (keys[:, 0], keys[:, 1]) if chain_axis else (keys[0], keys[1])
         if init_params is None:
@@ -116,7 +125,7 @@ class NumPyroKernel(MCMCKernel):
         def one(state: KernelState) -> KernelState:
             return self._sample_one(state, phase, model_args, model_kwargs)
 
-        return jax.vmap(one)(state) if jnp.ndim(state.rng_key) > 0 else one(state)
+        return one(state) if is_prng_key(state.rng_key) else jax.vmap(one)(state)
 
     def refresh(self, state, model_args, model_kwargs):
         """Recomputes the cached density and gradient for other model arguments."""
@@ -162,7 +171,7 @@ class NumPyroKernel(MCMCKernel):
         state = self.sampler.kernel().init(at.ravel(z), at.log_density)
         learned = self._warmup(at.dim).init(at.dim)
         adapt_state = AdaptState(jnp.ones_like(state.logdensity), learned)
-        zero, count = jnp.zeros_like(state.logdensity), jnp.zeros((), int)
+        zero, count, never = jnp.zeros_like(state.logdensity), jnp.zeros((), int), jnp.zeros((), bool)
         return KernelState(
             count,
             at.unravel(state.position),
@@ -171,7 +180,9 @@ class NumPyroKernel(MCMCKernel):
             -state.logdensity,
             count,
             zero,
-            jnp.zeros((), bool),
+            never,
+            never,
+            never,
             adapt_state,
             key,
         )
@@ -186,7 +197,10 @@ class NumPyroKernel(MCMCKernel):
         tuning = frozen._replace(step_size=jnp.where(phase == FROZEN, frozen.step_size, current))
         chain: Any = HMCState(at.ravel(state.z), -state.potential_energy, at.ravel(state.z_grad))  # pyright: ignore
         num_steps = kernel.length(key_length, tuning, at.dim)
-        chain, stats = kernel.step(key_step, chain, at.log_density, tuning, num_steps)
+        moved, stats = kernel.step(key_step, chain, at.log_density, tuning, num_steps)
+        # Inside NumPyro's loop nothing can be raised, and no chain would leave such a point.
+        infinite = stats["infinite_density"]
+        chain = jax.tree.map(lambda new, old: jnp.where(infinite, old, new), moved, chain)
         learned = jax.lax.cond(
             phase == FROZEN,
             lambda learned, *_: learned,
@@ -203,7 +217,9 @@ class NumPyroKernel(MCMCKernel):
             stats["energy"],
             jnp.asarray(stats["n_steps"], int),
             stats["acceptance_rate"],
-            stats["diverging"],
+            stats["diverging"] | infinite,
+            stats["nan_energy"],
+            infinite,
             AdaptState(tuning.step_size, learned),
             key,
         )

@@ -7,7 +7,9 @@ Along random rays `z = r d` in unconstrained space, at growing radii r:
     U flat, non-negative, below its centre   a density was probably passed instead of an energy
 
 This is a heuristic on a few rays. It misses what happens off those rays or beyond the last radius: an energy that
-falls in a narrow cone or only logarithmically, one that oscillates, and a flipped sign that the base outweighs.
+falls in a narrow cone or only logarithmically, one that oscillates, and a flipped sign that the base outweighs. It
+looks at factors and latent sites alone, not at an `EnergyDistribution` that is observed (whose value no ray changes),
+and not at models with discrete latent sites.
 """
 
 from __future__ import annotations
