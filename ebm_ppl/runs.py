@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ebm_ppl.arviz import data_id, model_id
@@ -89,10 +90,13 @@ def _stages(target: Target) -> dict[str, Target]:
 
 def _numbers(found: Mapping[str, list[Integral]], num: int) -> dict[str, np.ndarray]:
     runs: dict[str, np.ndarray] = {}
+    precision = float(jnp.finfo(jnp.result_type(float)).eps)
     names = {stage: "whole" if stage == "data" and len(found) > 1 else stage for stage in found}
     for stage, name in names.items():
         runs[f"{name}_value"] = np.array([each.value for each in found[stage]])
-        runs[f"{name}_std_error"] = np.array([each.std_error for each in found[stage]])
+        rounding = precision * np.abs(runs[f"{name}_value"])  # energies near the target are about as large
+        runs[f"{name}_std_error"] = np.hypot([each.std_error for each in found[stage]], rounding)
+        runs["rounding"] = np.maximum(runs.get("rounding", 0.0), rounding)
     for name in ("num_evaluations", "num_nan"):
         each = [[float(getattr(integral, name)) for integral in of_stage] for of_stage in found.values()]
         runs[name] = np.sum(np.reshape(each, (-1, num)), axis=0)

@@ -93,7 +93,8 @@ class LogZ:
         parts: log Z increment of each role on the path, in the order passed: `{"prior": ..., "data": ...}`.
         replicates: one estimate for each independent run, shape (num_runs,).
         lower, upper: bounds where the method brackets log Z, else None.
-        data_id: fingerprint of the observed values; None where there are none.
+        data_id: fingerprint of the observed values; None where there are none (losses and factors do not say what is
+            data in them). Of a sum there are several, and those taken off have a minus sign.
         diagnostics: what says whether to trust the number.
         story: how the estimate was reached, a sentence for each step.
         doubts: why not to trust it, a sentence for each reason; empty where nothing speaks against it.
@@ -103,7 +104,7 @@ class LogZ:
         history: after each run, the estimate from all so far: a DataFrame.
 
     Raises:
-        IncomparableError: on subtracting estimates of different data.
+        IncomparableError: on subtracting estimates of different data, or adding minus one of them.
     """
 
     value: float
@@ -149,6 +150,7 @@ class LogZ:
             upper=None if self.lower is None else -self.lower,
             parts={name: -part for name, part in self.parts.items()},
             replicates=-self.replicates,
+            data_id=_negated(self.data_id),
             runs={},
         )
 
@@ -169,7 +171,9 @@ class LogZ:
                 upper=None if self.upper is None else self.upper + shift,
                 runs={},
             )
-        if sign < 0 and self.data_id != other.data_id:
+        observed = _joined(self.data_id, other.data_id if sign > 0 else _negated(other.data_id))
+        taken_off = [each.startswith("-") for each in _parts_of(observed)]
+        if 0 < sum(taken_off) < len(taken_off) or (sign < 0 and observed):
             raise IncomparableError(
                 "These evidences are of different observed data, so their difference is not a log Bayes factor. "
                 "Condition both models on the same observed values (the same numbers, in the same shapes)."
@@ -181,8 +185,31 @@ class LogZ:
             method=self.method if self.method == other.method else f"{self.method}, {other.method}",
             lower=None if self.lower is None or low is None else self.lower + sign * low,
             upper=None if self.upper is None or high is None else self.upper + sign * high,
+            data_id=observed,
             doubts=tuple(dict.fromkeys(self.doubts + other.doubts)),
         )
+
+
+SEPARATOR = " + "
+"""Between the fingerprints of a sum."""
+
+
+def _parts_of(data_id: str | None) -> list[str]:
+    return data_id.split(SEPARATOR) if data_id else []
+
+
+def _negated(data_id: str | None) -> str | None:
+    """Of minus an estimate."""
+    return data_id and SEPARATOR.join(each[1:] if each.startswith("-") else f"-{each}" for each in _parts_of(data_id))
+
+
+def _joined(first: str | None, second: str | None) -> str | None:
+    """Of the sum of two estimates, where what one adds and the other takes off is gone."""
+    left = _parts_of(first)
+    for each in _parts_of(second):
+        opposite = _negated(each)
+        left.remove(opposite) if opposite in left else left.append(each)
+    return SEPARATOR.join(sorted(left)) or None
 
 
 @dataclasses.dataclass(frozen=True)

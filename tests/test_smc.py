@@ -310,8 +310,12 @@ def test_arithmetic_of_log_z():
     assert [str(ebm.LogZ(1.0, error)) for error in (0.0, math.inf, math.nan, 1e-9)] == [
         *("1.000 ± 0.000", "1.000 ± inf", "1.000 ± nan", "1.000000 ± 0.000000")
     ]
-    with pytest.raises(ebm.IncomparableError):
-        a - dataclasses.replace(b, data_id="other")
+    other = dataclasses.replace(b, data_id="other")
+    none = dataclasses.replace(b, data_id=None)
+    for wrong in (lambda: a - other, lambda: a + (-other), lambda: (a + b) - (a + other), lambda: a - none):
+        with pytest.raises(ebm.IncomparableError):
+            wrong()
+    assert (a + (-b)).value == 2.0 and (a + other - (other + b)).value == 2.0 and (a - b).data_id is None
 
 
 # Keys, kernels, refusals
