@@ -474,6 +474,27 @@ MUTATIONS = (
         ("test_sequential.py::test_conjugate_model_at_every_observation",),
     ),
     Mutation(
+        "infinite density of the last moves not counted",
+        "smc.py",
+        "jnp.maximum(jnp.sum(cloud.energy == -jnp.inf), jnp.sum(new_energy == -jnp.inf))",
+        "jnp.sum(cloud.energy == -jnp.inf)",
+        ("test_faults.py::test_row_04_in_the_last_moves",),
+    ),
+    Mutation(
+        "infinite density accepted inside NumPyro",
+        "numpyro_kernel.py",
+        "lambda new, old: jnp.where(infinite, old, new)",
+        "lambda new, old: new",
+        ("test_numpyro_kernel.py::test_what_cannot_be_raised_is_rejected_and_told[-inf-infinite_density]",),
+    ),
+    Mutation(
+        "draws of a finite support without the energy",
+        "distribution.py",
+        "jax.random.categorical(key, self.log_prob(values), axis=0",
+        "jax.random.categorical(key, self.base.log_prob(values), axis=0",
+        ("test_distribution.py::test_on_a_finite_support_it_is_drawn_from[shape0]",),
+    ),
+    Mutation(
         "drift from particles without their weights",
         "smc.py",
         "carried = jnp.mean(z, axis=0) - newest @ cloud.z",
