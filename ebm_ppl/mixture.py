@@ -229,12 +229,12 @@ def _start(key: PRNGKey, x: Array, weights: Array, num_components: int) -> Stude
     """Components at points far from one another, all as wide as points lie apart from the nearest (k-means++)."""
     num, dim = x.shape
 
-    def add(nearest: Array, key: PRNGKey) -> tuple[Array, Array]:
-        centre = x[jax.random.categorical(key, jnp.log(weights * nearest))]
+    def add(nearest: Array, k: Array) -> tuple[Array, Array]:
+        centre = x[jax.random.categorical(jax.random.fold_in(key, k), jnp.log(weights * nearest))]
         return jnp.minimum(nearest, jnp.sum((x - centre) ** 2, axis=1)), centre
 
     far = jnp.full(num, 1e6 * dim, x.dtype)
-    nearest, centres = jax.lax.scan(add, far, jax.random.split(key, num_components))
+    nearest, centres = jax.lax.scan(add, far, jnp.arange(num_components))
     width = jnp.sqrt(weights @ nearest / dim) if num_components > 1 else jnp.ones((), x.dtype)
     eye = jnp.broadcast_to(jnp.eye(dim, dtype=x.dtype), (num_components, dim, dim))
     log_weight = jnp.full(num_components, -math.log(num_components), x.dtype)

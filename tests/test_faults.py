@@ -462,6 +462,34 @@ def test_row_14_small_energies_say_nothing(run_in_float32):
     assert abs(value + 0.5 * np.log(2) + 0.25) < 4 * std_error
 
 
+# Row 15: no key is used twice
+
+
+METHODS_WITH_KEYS = {
+    "NUTS": lambda key, target: ebm_ppl.sample(key, target, ebm_ppl.NUTS(), **VERY_SHORT),
+    "MCLMC": lambda key, target: ebm_ppl.sample(key, target, ebm_ppl.MCLMC(), **VERY_SHORT),
+    "SMC": lambda key, target: ebm_ppl.log_z(key, target, ebm_ppl.SMC(num_particles=50)),
+    "fitted reference": lambda key, target: ebm_ppl.log_z(
+        key, target, ebm_ppl.FittedReference(num_draws=64, num_ascents=4)
+    ),
+    "prior predictive": lambda key, target: ebm_ppl.prior_predictive(key, target, num_samples=10),
+}
+VERY_SHORT = {"num_warmup": 60, "num_samples": 5, "num_chains": 2, "progress_bar": False}
+
+
+@pytest.mark.filterwarnings("ignore::ebm_ppl.EnergyWarning")  # so little is not enough
+@pytest.mark.parametrize("method", METHODS_WITH_KEYS)
+def test_row_15_no_key_is_used_twice(method):
+    """By JAX's own checker, in a program of its own."""
+
+    def model():
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=jnp.array([1.0, 2.0]))
+
+    with jax.debug_key_reuse(True):
+        METHODS_WITH_KEYS[method](jax.random.key(0), ebm_ppl.target(model))
+
+
 # Row 16: tempering stalls
 
 
