@@ -474,6 +474,13 @@ MUTATIONS = (
         ("test_sequential.py::test_conjugate_model_at_every_observation",),
     ),
     Mutation(
+        "a key used twice in a move",
+        "moves.py",
+        "jax.random.uniform(key_jitter, z.shape[:2]",
+        "jax.random.uniform(key_step, z.shape[:2]",
+        ("test_faults.py::test_row_15_no_key_is_used_twice[SMC]",),
+    ),
+    Mutation(
         "infinite density of the last moves not counted",
         "smc.py",
         "jnp.maximum(jnp.sum(cloud.energy == -jnp.inf), jnp.sum(new_energy == -jnp.inf))",
