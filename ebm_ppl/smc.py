@@ -150,8 +150,8 @@ def run(
         phase, tempered = coming
         clouds = [cloud._replace(centring=None) for cloud in clouds]
         clouds = parallel.over(enter, clouds, tempered, phase, layout)
-        energy, z = (np.concatenate([getattr(cloud, name) for cloud in clouds]) for name in ("energy", "z"))
-        check_start(energy, phase, lambda run, z=z: _example(target, z[run, 0]))
+        energy = np.concatenate([cloud.energy for cloud in clouds])
+        check_start(energy, phase, lambda run, clouds=clouds: _example(target, clouds, run))
         first = len(infos)
         clouds, passed = _run_phase(keys, tempered, sampler, layout, phase, clouds, first, progress_bar, visit)
         log_z |= phase_estimates(phase, passed, num_runs, clouds[0].z.dtype)
@@ -175,9 +175,10 @@ def run(
     return Draws(z, {}, attrs, particles=particles, stages=path, log_z=log_z)
 
 
-def _example(target: Tilted, z: np.ndarray) -> str:
-    """What is wrong with a particle, in a model whose sites have names."""
-    return explain(target, jnp.asarray(z)) if isinstance(target, Target) else ""
+def _example(target: Tilted, clouds: list[Cloud], run: int) -> str:
+    """What is wrong with a particle of a run, in a model whose sites have names."""
+    z = np.concatenate(sharding.gathered([cloud.z for cloud in clouds]))
+    return explain(target, jnp.asarray(z[run, 0])) if isinstance(target, Target) else ""
 
 
 def laid_out(

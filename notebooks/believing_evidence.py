@@ -80,8 +80,7 @@ log_prior = dist.Normal(4, 2).log_prob(grid_mean) + dist.LogNormal(-0.5, 0.5).lo
 log_likelihood = sum(dist.Normal(grid_mean, np.exp(log_deviation)).log_prob(length) for length in petals)
 cell = (means[1] - means[0]) * (deviations[1] - deviations[0])
 exact = logsumexp(np.asarray(log_prior + log_likelihood)) + np.log(cell)
-quick = ebm.FittedReference(num_draws=512, max_refits=0) if FAST else None
-log_z_one = ebm.log_z(jax.random.key(0), one, quick)
+log_z_one = ebm.log_z(jax.random.key(0), one, ebm.SMC(num_particles=200) if FAST else None)
 print(f"one group: {log_z_one}, on the grid {exact:.4f}")
 
 # %% [markdown]
@@ -91,6 +90,7 @@ print(f"one group: {log_z_one}, on the grid {exact:.4f}")
 # another family where the first one is not clean. The story says what it did, step by step.
 
 # %%
+quick = ebm.FittedReference(num_draws=512, max_refits=0) if FAST else None
 log_z_two = ebm.log_z(jax.random.key(1), two, quick)
 print(f"two groups: {log_z_two}, doubts: {log_z_two.doubts or 'none'}")
 for line in log_z_two.story:

@@ -221,7 +221,11 @@ def network_in_a_scope(y):
         inner()
 
 
-@pytest.mark.parametrize("sampler", [ebm_ppl.NUTS(), ebm_ppl.SMC(num_particles=100)], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "sampler",
+    [ebm_ppl.NUTS(), pytest.param(ebm_ppl.SMC(num_particles=100), marks=pytest.mark.slow)],
+    ids=["NUTS", "SMC"],
+)
 def test_names_that_are_paths(sampler, tmp_path):
     target = ebm_ppl.target(network_in_a_scope, Y)
     short = {} if sampler.name == "SMC" else {"num_warmup": 100, "num_samples": 100}

@@ -478,7 +478,10 @@ VERY_SHORT = {"num_warmup": 60, "num_samples": 5, "num_chains": 2, "progress_bar
 
 
 @pytest.mark.filterwarnings("ignore::ebm_ppl.EnergyWarning")  # so little is not enough
-@pytest.mark.parametrize("method", METHODS_WITH_KEYS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=pytest.mark.slow if name == "fitted reference" else ()) for name in METHODS_WITH_KEYS],
+)
 def test_row_15_no_key_is_used_twice(method):
     """By JAX's own checker, in a program of its own."""
 

@@ -115,6 +115,7 @@ def test_bounds_bracket_the_truth(exact):
     assert np.mean([each.std_error for each in found]) < one.std_error  # two directions are better than one
 
 
+@pytest.mark.slow
 def test_evidence_of_a_model_with_a_prior_energy():
     problem = PROBLEMS["three_roles"]
     found = ebm.log_z(jax.random.key(0), problem.target(), small(ebm.BDMC), num_runs=2)

@@ -56,6 +56,7 @@ def test_estimate_and_its_error(name, warp):
         assert ("warped normal" if warp else "mixture") in each.story[1]
 
 
+@pytest.mark.slow
 def test_evidence_of_a_model_with_a_prior_energy():
     problem = PROBLEMS["enumerated"]
     careful = ebm.NUTS(target_accept=0.95)  # without it a few trajectories diverge, which is a doubt
