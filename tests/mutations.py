@@ -262,7 +262,7 @@ MUTATIONS = (
     ),
     Mutation(
         "one key for all chains",
-        "mcmc.py",
+        "starts.py",
         "return Chain(state, key_chain, adaptation), finite",
         "return Chain(state, jax.random.fold_in(key, OF_CHAINS), adaptation), finite",
         ("test_mcmc.py::test_chains_are_independent_and_reproducible",),
@@ -539,7 +539,7 @@ def _short(test: str) -> str:
     )
 
 
-def _check_strings(mutations: list[Mutation]) -> None:
+def check_strings(mutations: list[Mutation]) -> None:
     """Every string is there, and once: otherwise a mutation is out of date, which is an error."""
     problems = []
     for mutation in mutations:
@@ -554,7 +554,7 @@ def main(words: list[str]) -> int:
     mutations = [mutation for mutation in MUTATIONS if all(word.lower() in mutation.name.lower() for word in words)]
     if not mutations:
         raise SystemExit(f"No mutation's name contains {words}.")
-    _check_strings(mutations)
+    check_strings(mutations)
     with tempfile.TemporaryDirectory() as scratch:
         sound = Path(scratch) / "sound"
         sound.mkdir()
