@@ -26,7 +26,7 @@ from ebm_ppl.independence import require_chains
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Kernel, Tuning
 from ebm_ppl.pieces import in_pieces, loop, written
 from ebm_ppl.sharding import Mesh
-from ebm_ppl.starts import Chain, chain_at, finite_chains, given_point
+from ebm_ppl.starts import SHARED, Chain, chain_at, finite_chains, given_point
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, NonFiniteEnergyError, PRNGKey
 from ebm_ppl.warmup import WarmupState, end_stretch, halves, learn, unlearned, warmup_of, windows
@@ -37,8 +37,6 @@ NUM_CHAINS = 4
 LONGEST_PIECE = 2000
 LARGEST_RECORD = 2**23
 """Most numbers in the record of a chain's positions."""
-SHARED = 1
-"""What is folded into a run's key for what its chains share; `starts.OF_CHAINS` is for the keys of the chains."""
 
 
 class ChainState(NamedTuple):
@@ -119,17 +117,22 @@ def _check_continues(state: ChainState, target: Target, sampler: Sampler, num_ch
     num = sum(len(part.key) for part in state.parts)
     if num_chains not in (None, num):
         raise EnergyError(f"The state to continue is of {num} chains, and num_chains is {num_chains}.")
-    for part in state.parts:
-        known, position = part.kernel.logdensity, part.kernel.position
-        if position.shape[1:] == (target.dim,):
-            [now] = parallel.over(_log_density, [position], target, hurry=True, mesh=state.mesh)
-            rounding = math.sqrt(np.finfo(known.dtype).eps) * (1 + np.abs(known))
-            if np.all(np.abs(now - known) <= rounding):
-                continue
+    if not _is_of(target, state):
         raise EnergyError(
             "The state to continue is of another target: the log densities of its chains are not those of this model "
             "with these data. Start new chains there: init= takes values of the latent sites."
         )
+
+
+def _is_of(target: Target, state: ChainState) -> bool:
+    """Whether the log densities of all chains are this target's, up to rounding."""
+    positions = [part.kernel.position for part in state.parts]
+    if positions[0].shape[1:] != (target.dim,):
+        return False
+    now = np.concatenate(parallel.over(_log_density, positions, target, hurry=True, mesh=state.mesh))
+    known = np.concatenate([part.kernel.logdensity for part in state.parts])
+    rounding = math.sqrt(np.finfo(known.dtype).eps) * (1 + np.abs(known))
+    return bool(np.all(np.abs(now - known) <= rounding))
 
 
 def _log_density(z: Array, target: Target) -> Array:

@@ -21,8 +21,8 @@ from ebm_ppl.typing import Array, EnergyError, NonFiniteEnergyError, PRNGKey
 
 START_TRIES = 100
 START_RADIUS = 2.0
-OF_CHAINS = 0
-"""What is folded into a run's key for the keys of its chains."""
+OF_CHAINS, SHARED = 0, 1
+"""What is folded into a run's key for the keys of its chains, and for what they share."""
 
 
 class Chain(NamedTuple):
