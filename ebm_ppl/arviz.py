@@ -62,15 +62,15 @@ def to_datatree(
     stats |= {f"energy_{name}": value for name, value in energies.items()}
     suffix = "_prior" if group == "prior" else ""
     groups = {group: values, f"sample_stats{suffix}": stats, "log_likelihood": likelihood}
-    if target.spec.observed:
-        groups["observed_data"] = observed_data(target)
+    observations = _observations(target)
+    groups["observed_data"] = {name: value for name, (value, _) in observations.items()}
     tree = from_groups(target, groups, coords=coords, dims=dims)
     tree.attrs.update(draws.attrs)
     for name in (group, f"sample_stats{suffix}"):
         if name in tree:
             tree[name].attrs.update(draws.attrs)
-    if target.spec.observed:
-        tree.attrs["data_id"] = _fingerprint(groups["observed_data"])
+    if observations:
+        tree.attrs["data_id"] = _fingerprint(observations)
     _add_path(tree, target, draws, suffix, coords, dims)
     return tree
 
@@ -149,17 +149,25 @@ def _read_off(z: Array, target: Target, log_likelihood: bool) -> tuple[dict, dic
 
 def observed_data(target: Target) -> dict[str, np.ndarray]:
     """Values of the observed sites."""
-    return jax.device_get(_observed(target))
+    return {name: value for name, (value, _) in _observations(target).items()}
+
+
+def _observations(target: Target) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return jax.device_get(_compiled_observations(target))
 
 
 @eqx.filter_jit
-def _observed(target: Target) -> dict[str, Array]:
-    return target.observed_data()
+def _compiled_observations(target: Target) -> dict[str, tuple[Array, Array]]:
+    return target.observations()
 
 
 def data_id(target: Target) -> str | None:
-    """Fingerprint of the observed values, whatever their sites are called; None without observed sites."""
-    return _fingerprint(observed_data(target)) if target.spec.observed else None
+    """Fingerprint of the observed values, whatever their sites are called, with how much each of them counts.
+
+    Values that a mask hides are no part of it. None without observed sites.
+    """
+    observations = _observations(target)
+    return _fingerprint(observations) if observations else None
 
 
 def model_id(target: Target) -> str:
@@ -198,12 +206,27 @@ def log_z_to_datatree(log_z: LogZ) -> xr.DataTree:
     return tree
 
 
-def _fingerprint(values: Mapping[str, np.ndarray]) -> str:
-    digests = sorted(
-        hashlib.sha256(repr(np.shape(value)).encode() + np.asarray(value, np.float32).tobytes()).hexdigest()
-        for value in values.values()
-    )
+def _fingerprint(observations: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    digests = sorted(_digest(*each) for each in observations.values())
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def _digest(value: np.ndarray, weight: np.ndarray) -> str:
+    """Of the numbers of one site, in whatever type they are held."""
+    parts = [value]
+    if not np.all(weight == 1):
+        value, weight = np.broadcast_arrays(value, weight)
+        parts = [np.where(weight == 0, 0, value).astype(value.dtype), weight]
+    numbers = [_same_for_any_type(part) for part in parts]
+    return hashlib.sha256(repr([np.shape(part) for part in parts]).encode() + b"".join(numbers)).hexdigest()
+
+
+def _same_for_any_type(x: np.ndarray) -> bytes:
+    """Double precision, with what it leaves of long integers; one zero and one NaN."""
+    x = np.asarray(x)
+    numbers = x.astype(np.float64) + 0.0
+    left = x - numbers.astype(x.dtype) if np.issubdtype(x.dtype, np.integer) else np.zeros(())
+    return np.where(np.isnan(numbers), np.nan, numbers).tobytes() + (left.tobytes() if np.any(left) else b"")
 
 
 def _add_path(

@@ -291,6 +291,21 @@ def tilt_of(fn: Any, value: Array) -> Any:
     return tilt
 
 
+def mask_of(fn: Any) -> Array:
+    """Which elements of a value count in its log density, in a shape that broadcasts to the value's."""
+    mask = jnp.ones((), bool)
+    while isinstance(fn, WRAPPERS):
+        if isinstance(fn, dist.MaskedDistribution):
+            mask = mask & over_events(fn._mask, fn)
+        fn = fn.base_dist
+    return mask
+
+
+def over_events(x: ArrayLike, fn: dist.Distribution) -> Array:
+    """What is said of each event of a distribution, in a shape that broadcasts to the elements of its value."""
+    return jnp.reshape(x, jnp.shape(x) + (1,) * fn.event_dim)
+
+
 def _rewrap(fn: Any, base: dist.Distribution) -> dist.Distribution:
     if isinstance(fn, dist.Independent):
         return base.to_event(fn.reinterpreted_batch_ndims)

@@ -33,7 +33,7 @@ from numpyro.infer.util import (
 )
 from numpyro.primitives import Messenger
 
-from ebm_ppl.distribution import reference_of, tilt_of
+from ebm_ppl.distribution import mask_of, over_events, reference_of, tilt_of
 from ebm_ppl.spec import Spec, Trace, analyse, unconstrained
 from ebm_ppl.typing import (
     Array,
@@ -211,9 +211,13 @@ class Target(eqx.Module):
 
     def observed_data(self) -> dict[str, Array]:
         """Values of the observed sites."""
+        return {name: value for name, (value, _) in self.observations().items()}
+
+    def observations(self) -> dict[str, tuple[Array, Array]]:
+        """Values of the observed sites, and how much each of their elements counts: mask times scale, broadcastable."""
         model = substitute(seed(self._prepared(), jax.random.key(0)), substitute_fn=init_to_uniform)
         recorded = self._recorded(model)
-        return {name: recorded[name]["value"] for name in self.spec.observed}
+        return {name: (recorded[name]["value"], _weights(recorded[name])) for name in self.spec.observed}
 
     def unravel(self, z: Array) -> dict[str, Array]:
         """The flat vector as a dictionary of unconstrained sites."""
@@ -363,6 +367,12 @@ class _Tempered(Messenger):
 def _scaled(site: dict[str, Any], log_prob: Any) -> Array:
     scale = site["scale"]
     return jnp.asarray(log_prob if scale is None or is_identically_one(scale) else scale * log_prob)
+
+
+def _weights(site: dict[str, Any]) -> Array:
+    """How much each element of a site's value counts in the log density."""
+    scale = 1.0 if site["scale"] is None else site["scale"]
+    return over_events(scale, site["fn"]) * mask_of(site["fn"])
 
 
 def _sums(terms: dict[str, Array]) -> dict[str, Array]:

@@ -93,8 +93,8 @@ class LogZ:
         parts: log Z increment of each role on the path, in the order passed: `{"prior": ..., "data": ...}`.
         replicates: one estimate for each independent run, shape (num_runs,).
         lower, upper: bounds where the method brackets log Z, else None.
-        data_id: fingerprint of the observed values; None where there are none (losses and factors do not say what is
-            data in them). Of a sum there are several, and those taken off have a minus sign.
+        data_id: fingerprint of the observed values, their masks and scales; None where there are none (losses and
+            factors do not say what is data in them). Of a sum there are several, and those taken off have a minus sign.
         diagnostics: what says whether to trust the number.
         story: how the estimate was reached, a sentence for each step.
         doubts: why not to trust it, a sentence for each reason; empty where nothing speaks against it.
@@ -176,7 +176,8 @@ class LogZ:
         if 0 < sum(taken_off) < len(taken_off) or (sign < 0 and observed):
             raise IncomparableError(
                 "These evidences are of different observed data, so their difference is not a log Bayes factor. "
-                "Condition both models on the same observed values (the same numbers, in the same shapes)."
+                "Condition both models on the same observed values: the same numbers, in the same shapes and precision, "
+                "under the same masks and scales."
             )
         low, high = (other.lower, other.upper) if sign > 0 else (other.upper, other.lower)
         return LogZ(

@@ -455,6 +455,55 @@ def test_fingerprint_of_data():
     assert data_id(ebm_ppl.target(lambda: numpyro.sample("x", dist.Normal(0.0, 1.0)))) is None
 
 
+def observing(y, *, mask=True, scale=1.0, batch=(3,), to_event=0):
+    """Fingerprint of a model whose one site counts as said."""
+
+    def model(y):
+        mean = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        with numpyro.handlers.scale(scale=scale):
+            numpyro.sample("y", dist.Normal(mean, 1.0).expand(batch).mask(mask).to_event(to_event), obs=y)
+
+    return data_id(ebm_ppl.target(model, y))
+
+
+def test_fingerprint_sees_what_counts():
+    all_of_it, some = observing(Y), np.array([True, False, True])
+    assert (
+        observing(Y, mask=np.full(3, True)) == observing(Y, scale=np.ones(3)) == observing(Y, to_event=1) == all_of_it
+    )
+    different = [
+        all_of_it,
+        observing(Y, mask=some),
+        observing(Y, mask=False),
+        observing(Y, scale=2.0),
+        observing(Y, scale=np.array([2.0, 1.0, 1.0])),
+    ]
+    assert len(set(different)) == len(different)
+    assert observing(Y, mask=some, to_event=1) == observing(Y, mask=some), "a mask inside of the event"
+    assert observing(Y.at[1].set(np.nan), mask=some) == observing(Y, mask=some), "what a mask hides is no data"
+    assert observing(Y.at[1].set(0.0), mask=some) != observing(Y.at[1].set(0.0)), "and no zero either"
+    table = jnp.stack([Y, Y])
+    by_row = np.array([[True, True, True], [False, False, False]])
+    assert observing(table, mask=by_row, batch=(2, 3)) == observing(table, mask=by_row[:, :1], batch=(2, 3))
+    assert observing(table, mask=by_row, batch=(2, 3)) != observing(table, mask=~by_row[:, :1], batch=(2, 3))
+
+
+def test_fingerprint_sees_all_digits_and_no_type():
+    with jax.enable_x64(True):
+        stamps = np.array([1_764_000_000_123_456_789, 1_764_000_000_123_456_790, 0])
+        assert observing(stamps) != observing(stamps + 1), "double precision has no room for these"
+        assert observing(np.array(Y, float)) != observing(np.array(Y, float) + 1e-12)
+        assert observing(np.array([16777216, 0, 1])) != observing(np.array([16777217, 0, 1])), "nor single for these"
+        assert (
+            observing(np.array([3, 0, 1]))
+            == observing(np.array([3.0, -0.0, 1.0]))
+            == observing(np.array([3.0, 0, 1], "f"))
+        )
+    assert (
+        observing(np.array([1, 0, 1])) == observing(np.array([True, False, True])) == observing(jnp.array([1.0, 0, 1]))
+    )
+
+
 def test_discrete_sites_inside_scan_are_refused_for_predictions():
     """NumPyro's `infer_discrete` fails on them with an empty assertion."""
 
