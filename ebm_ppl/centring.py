@@ -147,10 +147,13 @@ def learn_centring(first: np.ndarray, second: np.ndarray, sites: np.ndarray) -> 
         first, second: draws, each of shape (num, dim).
         sites: number of the site that each coordinate belongs to, (dim,).
     """
+    first, second = (half[np.all(np.isfinite(half), axis=1)] for half in (first, second))
     pooled = np.concatenate([first, second]).astype(float)
     num, dim = pooled.shape
+    if 2 * min(len(first), len(second)) < FEWEST or not 1 < dim <= MOST_COORDINATES:
+        return None
     mean, deviation = np.mean(pooled, axis=0), np.std(pooled, axis=0)
-    if num < FEWEST or not 1 < dim <= MOST_COORDINATES or not np.all(np.isfinite(deviation) & (deviation > 0)):
+    if not np.all(np.isfinite(deviation) & (deviation > 0)):
         return None
     one, other = (first - mean) / deviation, (second - mean) / deviation
     driver = _drivers(_slopes(one), _slopes(other), num, sites)

@@ -212,9 +212,14 @@ def prepare(target: Tilted, sampler: SMC, layout: Layout, keys: list[Array]) -> 
     return programs
 
 
+def lags(drift: float) -> bool:
+    """Whether the largest drift is that of particles that do not follow their targets, or unknown."""
+    return not drift <= UNSETTLED
+
+
 def lagging(drift: float) -> tuple[str, ...]:
     """The doubt about particles that lag behind their targets, by the largest drift, where they do."""
-    if not drift > UNSETTLED:
+    if not lags(drift):
         return ()
     return (
         f"The moves of SMC carried a coordinate's mean by {drift:.1f} standard errors along the path, where 0 is "
@@ -306,7 +311,7 @@ def _one_stage(
     base, new_energy = layout.over(lambda z: terms_of(target, phase, z))(z)
     log_z = cloud.log_z + weighed.increment
     newest = jax.nn.softmax(jnp.where(jnp.isfinite(energy), -weighed.step * energy, -jnp.inf))
-    carried = jnp.mean(z, axis=0) - newest @ cloud.z
+    carried = jnp.mean(z, axis=0) - newest @ jnp.where(newest[:, None] > 0, cloud.z, 0.0)  # some may lie at infinity
     rounding = jnp.finfo(z.dtype).eps * jnp.max(jnp.abs(z), axis=0) * num + jnp.finfo(z.dtype).tiny
     drift = cloud.drift + carried / jnp.maximum(jnp.std(z, axis=0), rounding)
     drift_noise = cloud.drift_noise + jnp.sum(newest**2) + 1 / num

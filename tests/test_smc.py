@@ -10,7 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import scipy.stats as st
-from limits import chi2_limits, t_limit
+from limits import chi2_limits, t_limit, z_limit
 from problems import FUNNEL_IN_A_BOX, PROBLEMS, Problem, funnel_in_a_box
 
 import ebm_ppl as ebm
@@ -94,6 +94,35 @@ def test_particles_that_lag_behind_are_told_of():
         estimate = ebm.log_z(jax.random.key(1), ebm.target(funnel_in_a_box), ebm.SMC(), num_runs=2, progress_bar=False)
     assert estimate.diagnostics["largest_drift"] > smc.UNSETTLED
     assert estimate.value < FUNNEL_IN_A_BOX - 5 * estimate.std_error  # the warning is right
+
+
+class Overflowing(dist.Normal):
+    """A normal distribution of which one draw in fifty falls off the end of floating-point numbers."""
+
+    def sample(self, key, sample_shape=()):
+        key_draw, key_lost = jax.random.split(key)
+        draws = super().sample(key_draw, sample_shape)
+        return jnp.where(jax.random.uniform(key_lost, draws.shape) < 0.02, jnp.inf, draws)
+
+
+def overflowing():
+    x = numpyro.sample("x", Overflowing(0.0, 1.0).expand([2]).to_event(1))
+    numpyro.sample("y", dist.Normal(jnp.sum(x), 0.5), obs=1.0)
+
+
+def test_draws_at_infinity_hide_no_drift():
+    """They have no mass, and no part in the drift of the others, in what is learned from them, or in a spread."""
+    target = ebm.target(overflowing)
+    with pytest.warns(ebm.EnergyWarning, match="NaN .* times"):
+        found = ebm.log_z(jax.random.key(1), target, ebm.SMC(num_particles=400))
+    assert 0 < found.diagnostics["largest_drift"] < smc.UNSETTLED
+    assert abs(found.value - dist.Normal(0.0, 1.5).log_prob(1.0) - 2 * np.log(0.98)) < z_limit(1) * found.std_error
+    laplace = ebm.Laplace().integrate(jax.random.key(1), target)
+    assert abs(laplace.value - dist.Normal(0.0, 1.5).log_prob(1.0)) < 1e-6, "exact here, if any ascent arrives"
+
+
+def test_unknown_drift_is_a_doubt():
+    assert smc.lags(np.nan) and smc.lagging(np.nan) and not smc.lags(0.0) and not smc.lagging(smc.UNSETTLED)
 
 
 def check_scores_of_log_z(result):

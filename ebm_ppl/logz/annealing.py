@@ -55,7 +55,7 @@ from ebm_ppl.logz.integral import (
     total_energy,
 )
 from ebm_ppl.rebase import Joint
-from ebm_ppl.smc import SMC, UNSETTLED
+from ebm_ppl.smc import SMC, lags
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, DegenerateParticlesError, Draws, EnergyError, PRNGKey, with_error
 
@@ -125,7 +125,7 @@ class Weights(NamedTuple):
 def doubts_of_pilot(pilot: Draws, value: float, std_error: float) -> list[str]:
     opinion, noise, drift, *_ = opinion_of(pilot)
     doubts = []
-    if drift > UNSETTLED:
+    if lags(drift):
         doubts.append(
             f"The particles of the pilot lag behind their targets (drift {drift:.1f}), and the chains, which it tuned, "
             "may miss parts of the posterior as it did: log Z may be off by far more than the stated error. A "

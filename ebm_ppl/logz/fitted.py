@@ -33,7 +33,7 @@ from ebm_ppl.logz.integral import CONTRADICTION, FEW, LARGEST_K, Integral, Opini
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.search import Effort, find_reference
 from ebm_ppl.rebase import Rebased
-from ebm_ppl.smc import SMC, UNSETTLED
+from ebm_ppl.smc import SMC, lags
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import EnergyError, PRNGKey, with_error
 
@@ -179,7 +179,7 @@ def _doubts(estimate: Opinion, branch: str, pilot: Pilot, final: Weighed) -> lis
     doubts = list(pilot.doubts) if by_path else []
     opinion = pilot.opinion
     others = {"the fitted reference": (final.value, final.std_error)}
-    if opinion.drift <= UNSETTLED:  # what lags behind is low, and says nothing of what has caught up
+    if not lags(opinion.drift):  # what lags behind is low, and says nothing of what has caught up
         others["the pilot"] = opinion.value, opinion.std_error
     for name, (value, std_error) in others.items():
         gap = (value - estimate.value) / max(math.hypot(std_error, estimate.std_error), 1e-30)
@@ -190,7 +190,7 @@ def _doubts(estimate: Opinion, branch: str, pilot: Pilot, final: Weighed) -> lis
                 f"({with_error(estimate.value, estimate.std_error)}): one of them is wrong, and the error bar does not "
                 f"say by how much. {REMEDY}"
             )
-    if by_path and estimate.drift > UNSETTLED:
+    if by_path and lags(estimate.drift):
         doubts.append(
             "The weights of the fitted reference have heavy tails, and the particles of SMC lag behind their targets: "
             f"log Z may be off by far more than the stated error. {REMEDY}"

@@ -35,7 +35,7 @@ from ebm_ppl.logz.integral import (
     total_energy,
 )
 from ebm_ppl.rebase import Joint
-from ebm_ppl.smc import SMC, UNSETTLED
+from ebm_ppl.smc import SMC, lags
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, PRNGKey, with_error
 
@@ -180,7 +180,7 @@ def doubts_of(ladder: Ladder, value: float, std_error: float) -> list[str]:
             f"The chains of a rung accept {ladder.least_acceptance:.0%} of their steps: they hardly move. A pilot of "
             "more moves (num_moves), or a reparametrised model, helps."
         )
-    if opinion.drift > UNSETTLED:
+    if lags(opinion.drift):
         doubts.append(
             f"The pilot's particles lag behind their targets (drift {opinion.drift:.1f}), so that the chains start "
             "where they should not: log Z may be off by far more than the stated error. A pilot of more moves "

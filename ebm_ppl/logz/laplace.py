@@ -19,7 +19,7 @@ import numpy as np
 
 from ebm_ppl.logz.importance import draw_own
 from ebm_ppl.logz.integral import Integral
-from ebm_ppl.logz.modes import find_modes
+from ebm_ppl.logz.modes import find_modes, spread_of
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import EnergyError, PRNGKey
 
@@ -51,7 +51,7 @@ class Laplace:
             EnergyError: where no ascent ends at a mode with a negative definite Hessian.
         """
         starts = draw_own(key, target, self.num_ascents)
-        modes, num_evaluations = find_modes(target, starts, np.std(starts, axis=0))
+        modes, num_evaluations = find_modes(target, starts, spread_of(starts))
         if not len(modes.z):
             raise EnergyError(
                 f"None of {self.num_ascents} ascents ended at a mode with a negative definite Hessian, so there is no "

@@ -99,6 +99,11 @@ def find_modes(
     return modes, num_evaluations
 
 
+def spread_of(starts: np.ndarray) -> np.ndarray:
+    """Standard deviations of points, shape (num, dim), without those that lie at infinity."""
+    return np.std(starts[np.all(np.isfinite(starts), axis=1)], axis=0)
+
+
 def _listed(modes: Modes) -> list[Modes]:
     """Each mode by itself."""
     return [jax.tree.map(lambda x, i=i: np.array(x[i]), modes) for i in range(len(modes.hits))]

@@ -4,7 +4,8 @@
     live     num_live draws of the reference below a contour u        BlackJAX's log likelihood is -U
     step     the num_delete live points of highest energy die; as many are born below the last of them, by slice
              sampling from survivors (`blackjax.ns.nss`: hit and run along directions of the live covariance)
-    end      the live points die where they are, once they hold no more than `remaining` nats of log Z
+    end      the live points die where they are, once they hold no more than `remaining` nats of log Z, or their
+             energies and places differ by rounding only
 
 With n_i live points just before the i-th death, of energy U_i,
 
@@ -74,7 +75,8 @@ class NestedSampling:
         num_delete: points that die and are born in a step, less than `num_live`.
         num_inner_steps: slices between a survivor and the point born from it. Without a number, five for each
             coordinate.
-        remaining: evidence of the live points, in nats of log Z, at which the run ends; they are counted in.
+        remaining: evidence of the live points, in nats of log Z, at which the run ends; they are counted in. Where
+            single precision cannot tell the live points apart it ends sooner, if their energies are as near.
         max_steps: bound on the number of steps, each of which peels off num_delete / num_live nats of volume.
     """
 
@@ -122,7 +124,7 @@ class NestedSampling:
         std_error = run.std_error(rng)
         story = (
             f"{self.num_live} live points from {drawn.num} draws of the reference, {len(run.steps)} steps of "
-            f"{self.num_delete} deaths to the last {self.remaining:g} nats: information {information:.2f} nats, memory "
+            f"{self.num_delete} deaths to the last {run.left:.2g} nats: information {information:.2f} nats, memory "
             f"{run.memory:.2f}, p of the insertion ranks {run.p_value:.2g}, log Z {with_error(value, std_error)}"
         )
         found = Integral(
@@ -240,6 +242,8 @@ class Run(NamedTuple):
     ranks: np.ndarray
     """Among the live: of those born, uniform on (0, 1) for fresh draws, and of where they started from, (births, 2)."""
     fewest_survivors: float
+    left: float
+    """Evidence of the live points at the end, in nats of log Z."""
 
     @property
     def _order(self) -> np.ndarray:
@@ -317,7 +321,7 @@ def _peel(key: PRNGKey, target: Tilted, method: NestedSampling, drawn: Drawn, rn
         left = float(np.logaddexp(0.0, rest - dead))
         survivors = live[live > live[method.num_delete - 1]]
         if not len(survivors) or left <= method.remaining:
-            return Run(drawn, live_z, live, steps, np.concatenate(ranks), fewest)
+            return Run(drawn, live_z, live, steps, np.concatenate(ranks), fewest, left)
         if len(steps) >= method.max_steps:
             raise EnergyError(
                 f"Nested sampling has not ended after max_steps = {method.max_steps} steps: the live points still hold "
@@ -325,6 +329,8 @@ def _peel(key: PRNGKey, target: Tilted, method: NestedSampling, drawn: Drawn, rn
                 "energy from below."
             )
         if not np.all(np.isfinite(state.inner_kernel_params["covariance_factor"])):
+            if live[-1] - live[0] <= method.remaining:  # flat to rounding: what they hold is known
+                return Run(drawn, live_z, live, steps, np.concatenate(ranks), fewest, left)
             raise DegenerateParticlesError(
                 f"The covariance of the live points is singular after {len(steps)} steps: raise num_live or "
                 "num_inner_steps, or use jax.config.update('jax_enable_x64', True)."

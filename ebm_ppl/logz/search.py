@@ -25,7 +25,7 @@ import numpy as np
 
 from ebm_ppl.centring import Centring, coordinates_of, learn_centring
 from ebm_ppl.logz.importance import Weighed, draw, draw_own
-from ebm_ppl.logz.modes import Modes, find_modes
+from ebm_ppl.logz.modes import Modes, find_modes, spread_of
 from ebm_ppl.mixture import DEGREES, MOST_COMPONENTS, TAILS, StudentMixture, fit_mixture
 from ebm_ppl.rebase import Rebased
 from ebm_ppl.scale import DenseScale
@@ -168,7 +168,7 @@ def _modes(key: PRNGKey, target: Tilted, cloud: np.ndarray, num: int) -> tuple[M
     """Modes by ascents from draws of the reference, and a few from the cloud, until none has been met only once."""
     few = num // 4
     starts = np.concatenate([draw_own(key, target, num - few), cloud[:few]])
-    deviation = np.std(starts, axis=0)
+    deviation = spread_of(starts)
     modes, evaluations = find_modes(target, starts, deviation)
     for again in range(1, MOST_SEARCHES):
         # Where most have been met only once they are beyond counting, and no search would end.

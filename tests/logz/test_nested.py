@@ -34,6 +34,19 @@ def of(name, method=SMALL):
     return runs(PROBLEMS[name].target(), PROBLEMS[name].log_z, method)
 
 
+def test_live_points_that_are_one_to_rounding_end_a_run():
+    """A ridge: across it they are nearer than the numbers can tell long before they hold next to nothing."""
+
+    def model():
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        numpyro.sample("y", dist.Normal(jnp.sum(x), 0.5), obs=1.0)
+
+    method = ebm.NestedSampling(num_live=100, num_delete=20, remaining=1e-14)
+    found = method.integrate(jax.random.key(0), ebm.target(model))
+    assert abs(found.value - norm(0.0, 1.5).logpdf(1.0)) < z_limit(1) * found.std_error
+    assert "to the last 1e-14 nats" not in found.story[0], "it ended sooner, and says so"
+
+
 def on_a_line(edge, right, left, slope=0.0):
     """A normal with an energy that jumps at an edge; all of them share one program."""
     return ebm.target(_jump, *map(np.asarray, (edge, right, left, slope)))
@@ -119,7 +132,7 @@ def test_volumes_count_live_points_as_blackjax_does():
         for death, born in ((np.array([0.0, 1.0]), np.array([2.0, 3.0])), (np.array([1.0, 2.0]), np.array([5.0, 4.0])))
     ]
     live = np.array([3.0, 3.0, 4.0, 5.0])
-    run = Run(Drawn(np.zeros((4, 1)), 4, 0), live[:, None], live, steps, np.empty((0, 2)), 1)
+    run = Run(Drawn(np.zeros((4, 1)), 4, 0), live[:, None], live, steps, np.empty((0, 2)), 1, 0.0)
     birth = np.array([np.nan, np.nan, np.nan, 1.0, np.nan, 1.0, 2.0, 2.0])
     nothing = np.zeros(len(birth))
     theirs = compute_num_live(NSInfo(StateWithLogLikelihood(nothing, nothing, run.deaths, birth), None))
