@@ -176,8 +176,8 @@ class LogZ:
         if 0 < sum(taken_off) < len(taken_off) or (sign < 0 and observed):
             raise IncomparableError(
                 "These evidences are of different observed data, so their difference is not a log Bayes factor. "
-                "Condition both models on the same observed values: the same numbers, in the same shapes and precision, "
-                "under the same masks and scales."
+                "Condition both models on the same observed values: the same numbers, in the same shapes and "
+                "precision, under the same masks and scales."
             )
         low, high = (other.lower, other.upper) if sign > 0 else (other.upper, other.lower)
         return LogZ(
