@@ -120,7 +120,8 @@ def _check(models: Mapping[str, LogZ]) -> None:
     if len(set(data.values())) > 1:
         raise IncomparableError(
             f"These evidences are of different observed data ({data}), so they do not compare the models. "
-            "Condition all models on the same observed values (the same numbers, in the same shapes)."
+            "Condition all models on the same observed values: the same numbers, in the same shapes and precision, "
+            "under the same masks and scales."
         )
 
 

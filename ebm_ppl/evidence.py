@@ -26,7 +26,7 @@ import numpy as np
 
 from ebm_ppl import smc
 from ebm_ppl.logz.consultation import Consultation
-from ebm_ppl.logz.integral import Estimator, imprecise, other_doubts, warn_of
+from ebm_ppl.logz.integral import Estimator, OnePoint, imprecise, other_doubts, warn_of
 from ebm_ppl.probe import check_tails
 from ebm_ppl.runs import Batch, check_continues, contradiction, estimate, join, of_integrals, of_path
 from ebm_ppl.sharding import Mesh
@@ -70,7 +70,8 @@ def log_z(
         method: the estimator. Without one, `Consultation()`: a fitted reference, and a second opinion of another family
             where the first is not clean. Or one alone: `SMC()`, `FittedReference()`, `AIS()`, `BDMC()` (which brackets
             log Z), `Bridge()`, `MBAR()`, `SteppingStone()`, `ThermodynamicIntegration()`, `ParallelTempering()`,
-            `NestedSampling()` or `Laplace()` (an approximation, with no error bar).
+            `NestedSampling()` or `Laplace()` (an approximation, with no error bar). A model without continuous latent
+            sites needs none: its log evidence is exact.
         tol: standard error wanted, in nats. Without a method it is that of the `Consultation` (.05 where nothing is
             said), which has more runs only where this is all that is wrong with the first.
         budget: bound on the evaluations of all runs, those of `given` included; 1e8 where only `tol` is said. The
@@ -102,6 +103,7 @@ def log_z(
         tol, budget = method.tol, method.budget
     stream = _stream(key, target, method, num_runs, given, progress_bar, mesh)
     at_doubts = isinstance(method, Consultation)
+    driven &= target.dim > 0  # else the first is exact
     found = _stop(stream, given, num_runs, tol, budget, at_doubts) if driven else next(stream)
     _warn(found, target, stacklevel=4)
     return found
@@ -161,6 +163,8 @@ def _stream(
     target.require_reference()
     target.require_known_constant()
     check_tails(target, needs_normalisation=True)
+    if not target.dim:
+        method, mesh = OnePoint(), None
     if mesh is not None and not isinstance(method, SMC):
         raise EnergyError(f"Only SMC shares its particles among the devices of a mesh; {method.name} does not.")
     if given is not None:

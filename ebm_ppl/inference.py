@@ -80,13 +80,15 @@ def sample(
     Raises:
         IntractablePartitionError: where a partition function depends on latent sites and is not known.
         NonFiniteEnergyError: where no finite starting point is found, or an energy is -inf.
-        EnergyError: where a state is of another target, sampler or number of chains.
+        EnergyError: where a state is of another target, sampler or number of chains, and where the model has no
+            continuous latent site.
 
     Example:
         >>> data = ebm_ppl.sample(jax.random.key(0), ebm_ppl.target(model, y=y))
     """
     key = as_key(key)
     sampler = NUTS() if sampler is None else sampler
+    _require_coordinates(target)
     target.require_tractable()
     if isinstance(sampler, SMC):
         if num_samples is not None or num_warmup is not None or state is not None or thin != 1:
@@ -131,6 +133,14 @@ def sample(
     return (data, state) if return_state else data
 
 
+def _require_coordinates(target: Target) -> None:
+    if not target.dim:
+        raise EnergyError(
+            "The model has no continuous latent site to sample. Its evidence is known (`log_z`), and "
+            "numpyro.infer.Predictive(model, num_samples=...) draws its data."
+        )
+
+
 def prior_predictive(
     key: PRNGKey,
     target: Target,
@@ -151,6 +161,7 @@ def prior_predictive(
             `num_draws` hold.
     """
     key_draw, key_predict = jax.random.split(as_key(key))
+    _require_coordinates(target)
     prior = target.prior()
     prior.require_tractable()
     prior.require_reference()

@@ -76,8 +76,6 @@ def run(
     """
     require_chains(sampler, "a chain")
     target.require_tractable()
-    if target.dim == 0:
-        raise ValueError("The model has no continuous latent site to sample.")
     learned, mesh = None, sharding.flat(mesh)
     if state is None:
         num_chains = NUM_CHAINS if num_chains is None else num_chains

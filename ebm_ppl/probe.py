@@ -39,7 +39,7 @@ def check_tails(target: Target, *, needs_normalisation: bool) -> None:
         NoReferenceError: where the log density nowhere falls along a ray and log Z is wanted.
     """
     suspects = [name for name, role in target.spec.roles if role != "data"]
-    if not suspects or target.spec.discrete:
+    if not suspects or not target.dim or target.spec.discrete:
         return
     log_density, energies = jax.device_get(parallel.once(_along_rays, target))
     for name in suspects:

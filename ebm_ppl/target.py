@@ -231,7 +231,7 @@ class Target(eqx.Module):
     def ravel(self, sites: dict[str, Any]) -> Array:
         """Unconstrained sites as one flat vector: the inverse of `unravel`."""
         parts = [jnp.ravel(sites[name]) for name in self.latent_names]
-        return jnp.concatenate(parts).astype(jnp.result_type(float))
+        return jnp.concatenate([jnp.zeros(0), *parts]).astype(jnp.result_type(float))
 
     def phases(self) -> list[tuple[Phase, Target]]:
         """What a path from the reference tempers in turn, prior energies first, each with the target it leads to.

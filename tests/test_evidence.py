@@ -219,3 +219,44 @@ def test_a_sample_of_smc_can_be_continued():
     np.testing.assert_array_equal(data["log_z"]["num_evaluations"], data["smc"]["num_evaluations"].sum("stage"))
     assert sampled == ebm.log_z(KEY, target, SMALL, num_runs=3)
     assert len(ebm.log_z(KEY, target, SMALL, given=sampled).history) == 4
+
+
+def without_latents(y, *, tilt=0.0, misfit=0.0):
+    """What a modeller compares with: nothing unknown."""
+    numpyro.sample("y", dist.Normal(0.0, 1.0).expand([3]), obs=y)
+    ebm.energy_factor("tilt", jnp.asarray(tilt))
+    ebm.energy_factor("misfit", jnp.asarray(misfit), role="loss")
+
+
+def summed_out(y):
+    state = numpyro.sample("state", dist.Bernoulli(0.3))
+    with numpyro.plate("n", 3):
+        numpyro.sample("y", dist.Normal(1.0 * state, 1.0), obs=y)
+
+
+Y = np.array([0.3, -1.0, 0.5])
+
+
+@pytest.mark.parametrize("method", [None, ebm.SMC(), ebm.AIS()], ids=["default", "SMC", "AIS"])
+def test_evidence_of_a_model_without_latent_sites_is_exact(method):
+    exact = st.norm.logpdf(Y).sum()
+    for target in (ebm.target(without_latents, Y), ebm.target(without_latents, Y, tilt=2.0)):
+        found = ebm.log_z(KEY, target, method, tol=1e-20)
+        assert found.method == "exact" and not found.doubts and found.std_error < 1e-14
+        np.testing.assert_allclose(found.value, exact, rtol=1e-14)  # the tilt is of the prior, and cancels
+    mixed = np.logaddexp(np.log(0.7) + exact, np.log(0.3) + st.norm.logpdf(Y - 1.0).sum())
+    other = ebm.log_z(KEY, ebm.target(summed_out, Y), method)
+    np.testing.assert_allclose(other.value, mixed, rtol=1e-12)
+    table = ebm.compare({"null": found, "mixed": other})
+    np.testing.assert_allclose(table.loc["mixed", "log_evidence"], mixed)
+
+
+def test_a_model_without_latent_sites_has_nothing_to_sample():
+    target = ebm.target(without_latents, Y)
+    for ask in (lambda: ebm.sample(KEY, target), lambda: ebm.sample(KEY, target, ebm.SMC())):
+        with pytest.raises(ebm.EnergyError, match="no continuous latent site to sample"):
+            ask()
+    with pytest.raises(ebm.EnergyError, match="no continuous latent site to sample"):
+        ebm.prior_predictive(KEY, target)
+    with pytest.raises(ebm.DegenerateParticlesError, match="the one point of a model"):
+        ebm.log_z(KEY, ebm.target(without_latents, Y, misfit=np.inf))

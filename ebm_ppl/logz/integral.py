@@ -1,6 +1,7 @@
 """What is asked of an estimator of log Z, and what it returns.
 
     log E_{pi_0}[exp(-U)]        `Estimator.integrate(key, target) -> Integral`, one run
+    of a single point            `OnePoint`
     (log pi_0(z), U(z))          `total_energy`
     z ~ pi_0, U(z)               `draw_reference`, `draws_of_reference`
     how good weights are         `effective_share`, `pareto_k`
@@ -82,6 +83,18 @@ class Estimator(Protocol):
     def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
         """log E_{pi_0}[exp(-U)] from one run."""
         ...
+
+
+class OnePoint:
+    """log Z of a model without continuous latent sites: minus its energy, whatever method was asked for."""
+
+    name = "exact"
+
+    def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
+        """log Z = -U, of which nothing is estimated."""
+        energy = draws_of_reference(key, target, 1)[1]
+        check_energies(energy, "the one point of a model without continuous latent sites")
+        return Integral(-float(energy[0]), 0.0, 1)
 
 
 def total_energy(target: Tilted, z: Array) -> tuple[Array, Array]:
