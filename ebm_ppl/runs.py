@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,16 @@ from ebm_ppl.logz.integral import CONTRADICTION, Estimator, Integral, other_doub
 from ebm_ppl.smc import lagging
 from ebm_ppl.stages import final_values
 from ebm_ppl.target import Target
-from ebm_ppl.typing import Draws, EnergyError, IncomparableError, LogZ, PRNGKey, log_mean, pooled
+from ebm_ppl.typing import (
+    Draws,
+    EnergyError,
+    IncomparableError,
+    LogZ,
+    NonFiniteEnergyError,
+    PRNGKey,
+    log_mean,
+    pooled,
+)
 
 OF_STAGE = {"prior": " (In log Z of the prior.)", "data": " (In log Z of prior and data together.)"}
 """Said after a doubt, where an estimator was asked for both."""
@@ -56,17 +65,28 @@ def of_path(draws: Draws) -> dict[str, np.ndarray]:
 
 
 def of_integrals(key: PRNGKey, target: Target, method: Estimator, numbers: range) -> Batch:
-    """From runs of an estimator that sees all energies at once; the prior has runs of its own."""
+    """From runs of an estimator that sees all energies at once; the prior has runs of its own.
+
+    A run that ends in an error ends the batch, with a doubt; the first raises it.
+    """
     stages = _stages(target)
-    found: dict[str, list[Integral]] = {}
-    for stage, integrand in stages.items():
-        of_stage = jax.random.fold_in(key, stage == "data")
-        found[stage] = [method.integrate(jax.random.fold_in(of_stage, number), integrand) for number in numbers]
-    together = list(zip(*found.values(), strict=True))
+    together: list[tuple[Integral, ...]] = []
+    failed: tuple[str, ...] = ()
+    for number in numbers:
+        try:
+            together.append(tuple(_integrals(key, stages, method, number)))
+        except NonFiniteEnergyError:  # infinite density: there is no log Z, whatever the others say
+            raise
+        except EnergyError as error:
+            if not together:
+                raise
+            failed = (failure(error),)
+            break
+    found = {stage: [run[i] for run in together] for i, stage in enumerate(stages)}
     both = len(stages) > 1
     where = [f"{stage}: " if both else "" for stage in stages]
     return Batch(
-        runs=_numbers(found, len(numbers)),
+        runs=_numbers(found, len(together)),
         stories=[
             [stage + line for stage, integral in zip(where, run, strict=True) for line in integral.story]
             for run in together
@@ -76,9 +96,22 @@ def of_integrals(key: PRNGKey, target: Target, method: Estimator, numbers: range
             for stage, runs in found.items()
             for integral in runs
             for doubt in integral.doubts
-        ],
+        ]
+        + list(failed),
         diagnostics={stage: [dict(integral.diagnostics) for integral in runs] for stage, runs in found.items()},
     )
+
+
+def failure(error: EnergyError) -> str:
+    """The doubt about runs of which a further one ended in an error."""
+    return f"A further run ended in an error, so that these may be the lucky ones: {error}"
+
+
+def _integrals(key: PRNGKey, stages: Mapping[str, Target], method: Estimator, number: int) -> Iterator[Integral]:
+    """Of one run, by stage."""
+    for stage, integrand in stages.items():
+        of_stage = jax.random.fold_in(key, stage == "data")
+        yield method.integrate(jax.random.fold_in(of_stage, number), integrand)
 
 
 def _stages(target: Target) -> dict[str, Target]:

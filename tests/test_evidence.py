@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +135,35 @@ def test_budget_and_wanted_error():
         ebm.log_z(KEY, target, CHEAP, budget=-1)
     with pytest.raises(ebm.EnergyError, match="num_runs is a positive number"):
         ebm.log_z(KEY, target, CHEAP, num_runs=0)
+
+
+@pytest.mark.parametrize("name", ["eight_schools", "three_roles"])
+@pytest.mark.parametrize("asked", [{"num_runs": 5}, {"tol": 1e-6}, {"tol": 1e-6, "num_runs": 3}])
+def test_runs_before_one_that_fails_are_kept(name, asked, monkeypatch):
+    target, integrate, calls = PROBLEMS[name].target(), FromReference.integrate, itertools.count(1)
+    kept = ebm.log_z(KEY, target, CHEAP, num_runs=2)
+    of_each = len(target.phases())
+
+    def third_fails(self, key, target, error=ebm.DegenerateParticlesError):
+        if next(calls) > 2 * of_each:
+            raise error("all are flat")
+        return integrate(self, key, target)
+
+    monkeypatch.setattr(FromReference, "integrate", third_fails)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = ebm.log_z(KEY, target, CHEAP, **asked)
+    assert [str(each.message) for each in caught] == list(found.doubts)
+    assert "A further run ended in an error" in found.doubts[0] and "all are flat" in found.doubts[0]
+    np.testing.assert_array_equal(found.replicates, kept.replicates)
+    assert (found.value, found.std_error) == (kept.value, kept.std_error)
+    with pytest.raises(ebm.DegenerateParticlesError, match="all are flat"):
+        ebm.log_z(KEY, target, CHEAP)
+    calls = itertools.count(1)
+    infinite = functools.partialmethod(third_fails, error=ebm.NonFiniteEnergyError)
+    monkeypatch.setattr(FromReference, "integrate", infinite)
+    with pytest.raises(ebm.NonFiniteEnergyError, match="all are flat"):
+        ebm.log_z(KEY, target, CHEAP, **asked)
 
 
 def test_an_error_that_is_not_known_asks_for_no_more_runs(monkeypatch):

@@ -45,8 +45,7 @@ class Consultation:
 
     Args:
         tol: standard error wanted, in nats.
-        budget: bound on the evaluations of the second opinion and its repetition, as far as they can be foreseen; the
-            first opinion is always heard.
+        budget: bound on all evaluations, as far as they can be foreseen; the first opinion is always heard.
         first: settings of the fitted reference.
         nested: the pilot of the second opinion in few dimensions.
         tempered: the second opinion in many.
@@ -68,18 +67,27 @@ class Consultation:
     def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
         """log Z of all energies of a target at once, with the story of how it was reached."""
         key_first, key_second = jax.random.split(key)
-        first = _doubted(self.first.integrate(key_first, target))
+        try:
+            first = _doubted(self.first.integrate(key_first, target))
+        except NonFiniteEnergyError:  # infinite density: there is no log Z, whatever another opinion would be
+            raise
+        except EnergyError as error:
+            return self._alone(key_second, target, error)
         if not first.doubts and first.std_error <= self.tol:
             return dataclasses.replace(first, story=(*first.story, "clean: no second opinion is needed"))
         story = (*first.story, *(f"not clean: {doubt}" for doubt in first.doubts))
         try:
-            second = self._second(key_second, target, first)
-        except NonFiniteEnergyError:  # infinite density: there is no log Z, whatever the first opinion says
+            if first.doubts:
+                second = self._second(key_second, target, self.budget - first.num_evaluations)
+            else:
+                second = self._again(key_second, target, first)
+        except NonFiniteEnergyError:
             raise
         except EnergyError as error:
             doubt = f"There is no second opinion to settle the doubts about the first: {error}"
             told = f"no second opinion (what it took until it failed, if anything, is not counted: {error})"
-            return dataclasses.replace(first, story=(*story, told), doubts=(*first.doubts, doubt))
+            doubts = (*first.doubts, doubt) if first.doubts else imprecise(first.std_error, self.tol)
+            return dataclasses.replace(first, story=(*story, told), doubts=doubts)
         answer, why = _answer(first, second)
         answer = dataclasses.replace(answer, doubts=answer.doubts or imprecise(answer.std_error, self.tol))
         return dataclasses.replace(
@@ -90,11 +98,28 @@ class Consultation:
             diagnostics={"first": first.value, "second": second.value, **first.diagnostics, **second.diagnostics},
         )
 
-    def _second(self, key: PRNGKey, target: Tilted, first: Integral) -> Integral:
-        """The opinion of another family; the same again, to a smaller error, where that was all that was wrong."""
-        if not first.doubts:
-            return dataclasses.replace(self.first, tol=self.tol).integrate(key, target)
-        budget = self.budget - first.num_evaluations
+    def _alone(self, key: PRNGKey, target: Tilted, error: EnergyError) -> Integral:
+        """The second opinion, where the first ended in an error: raised again if there is no second either."""
+        try:
+            second = self._second(key, target, self.budget)
+        except NonFiniteEnergyError:
+            raise
+        except EnergyError as another:
+            raise error from another
+        told = f"no first opinion (what it took until it failed is not counted: {error})"
+        doubts = second.doubts or imprecise(second.std_error, self.tol)
+        return dataclasses.replace(second, story=(told, *second.story), doubts=doubts)
+
+    def _again(self, key: PRNGKey, target: Tilted, first: Integral) -> Integral:
+        """The first opinion once more, to the error wanted, as near to it as the budget allows."""
+        room = self.budget - 2 * first.num_evaluations  # the search is made once more, too
+        if room < self.first.num_draws:
+            raise EnergyError(f"the budget of {self.budget:g} evaluations is used up.")
+        most = min(self.first.max_draws, 2 ** math.floor(math.log2(room)))
+        return dataclasses.replace(self.first, tol=self.tol, max_draws=most).integrate(key, target)
+
+    def _second(self, key: PRNGKey, target: Tilted, budget: float) -> Integral:
+        """The opinion of another family; larger, once, where its error is above the one wanted."""
         if budget <= 0:
             raise EnergyError(f"the budget of {self.budget:g} evaluations is used up.")
         ask = self._by_nested if target.dim <= MOST_COORDINATES else self._by_tempering

@@ -35,7 +35,7 @@ from ebm_ppl.logz.search import Effort, find_reference
 from ebm_ppl.rebase import Rebased
 from ebm_ppl.smc import SMC, lags
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import EnergyError, PRNGKey, with_error
+from ebm_ppl.typing import EnergyError, NonFiniteEnergyError, PRNGKey, with_error
 
 IMPORTANCE = "importance sampling"
 """The branch of weights that behave."""
@@ -106,7 +106,14 @@ class FittedReference:
         )
         share = max(found.seen.effective_share, final.effective_share)
         near = found.reference if share >= SMALL_SHARE else None
-        estimate, branch, more = self._estimate(key_path, target, pilot, near, final)
+        try:
+            estimate, branch, more = self._estimate(key_path, target, pilot, near, final)
+            failed = ()
+        except NonFiniteEnergyError:  # infinite density: there is no log Z, whatever the draws say
+            raise
+        except EnergyError as error:
+            estimate, branch, more = _by_weights(final)
+            failed = (f"The draws of the fitted reference have heavy tails, and SMC failed where they do: {error}",)
         if branch != IMPORTANCE:
             story.append(f"heavy tails, so {branch}: log Z {estimate}")
         return Integral(
@@ -115,7 +122,7 @@ class FittedReference:
             num_evaluations=search + final.num + more,
             num_nan=opinion.num_nan + found.num_nan + final.num_nan + estimate.num_nan * (more > 0),
             story=tuple(story),
-            doubts=tuple(_doubts(estimate, branch, pilot, final)),
+            doubts=(*failed, *_doubts(estimate, branch, pilot, final)),
             diagnostics={
                 "branch": branch,
                 "pareto_k": final.pareto_k,
@@ -130,11 +137,15 @@ class FittedReference:
     ) -> tuple[Opinion, str, float]:
         """The answer, the branch that it comes from, and the evaluations that it took beyond the draws."""
         if _can_be_trusted(final):
-            return Opinion(final.value, final.std_error, 0.0, 0.0, 0), IMPORTANCE, 0.0
+            return _by_weights(final)
         if isinstance(self.pilot, NestedSampling):
             return pilot.opinion, "the pilot", 0.0
         found = opinion_of(smc.run(key, near or target, self.fallback, progress_bar=False))
         return found, SHORT_PATH if near else "SMC from the own reference", found.num_evaluations
+
+
+def _by_weights(final: Weighed) -> tuple[Opinion, str, float]:
+    return Opinion(final.value, final.std_error, 0.0, 0.0, 0), IMPORTANCE, 0.0
 
 
 def _can_be_trusted(final: Weighed) -> bool:

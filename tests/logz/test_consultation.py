@@ -106,6 +106,45 @@ def test_a_larger_second_opinion_that_fails_leaves_the_smaller(monkeypatch):
     assert "not counted: flat" in found.story[-2] and "where 0.05 was wanted" in found.doubts[0]
 
 
+def test_a_first_opinion_that_fails_leaves_the_second(monkeypatch):
+    def fails(self, key, target):
+        raise ebm.TemperingStalledError("stalled")
+
+    def consulted():
+        return ebm.Consultation().integrate(jax.random.key(0), PROBLEMS["regression"].target())
+
+    monkeypatch.setattr(ebm.FittedReference, "integrate", fails)
+    with pytest.raises(ebm.TemperingStalledError, match="stalled") as raised:  # by its nested sampling just so
+        consulted()
+    assert isinstance(raised.value.__cause__, ebm.TemperingStalledError)
+    monkeypatch.setattr(ebm.Consultation, "_by_nested", lambda self, key, target, larger: opinion(-3.0, 0.04))
+    found = consulted()
+    assert (found.value, found.std_error, found.doubts) == (-3.0, 0.04, ())
+    assert found.story == ("no first opinion (what it took until it failed is not counted: stalled)", "said -3.0")
+
+
+def test_a_clean_first_opinion_is_asked_again_within_the_budget(monkeypatch):
+    asked = []
+
+    def again(self, key, target):
+        asked.append(self)
+        return opinion(-3.0, 0.2 if len(asked) == 1 else 0.1)
+
+    def consulted(budget):
+        asked.clear()
+        return ebm.Consultation(budget=budget).integrate(jax.random.key(0), PROBLEMS["regression"].target())
+
+    monkeypatch.setattr(ebm.FittedReference, "integrate", again)
+    found = consulted(10_000)
+    assert [(each.tol, each.max_draws) for each in asked] == [(None, 2**20), (0.05, 2**13)]
+    assert found.std_error == 0.1 and found.doubts == (
+        "The standard error is 0.100, where 0.05 was wanted: raise budget.",
+    )
+    found = consulted(1000)
+    assert len(asked) == 1 and "used up" in found.story[-1]
+    assert found.doubts == ("The standard error is 0.200, where 0.05 was wanted: raise budget.",)
+
+
 def test_infinite_density_met_by_the_second_opinion_is_an_error(monkeypatch):
     def fails(self, key, target, larger):
         raise ebm.NonFiniteEnergyError("an energy is -inf")
@@ -143,7 +182,7 @@ def test_many_coordinates_get_a_second_opinion_by_tempering():
         ebm.energy_factor("observed", 0.5 * (x**2).sum(), role="loss")
 
     method = ebm.Consultation(tempered=ebm.SMC(num_particles=200))
-    found = method._second(jax.random.key(0), ebm.target(model), opinion(0.0, 0.01, "heavy tails"))
+    found = method._second(jax.random.key(0), ebm.target(model), method.budget)
     exact = -(MOST_COORDINATES + 1) / 2 * 0.6931471805599453
     assert abs(found.value - exact) < 4 * found.std_error and "own reference" in found.story[-1]
     assert "times larger" in found.story[1]

@@ -1,5 +1,6 @@
 """log Z from a fitted reference: right, with an error that holds, by either of its branches."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -75,6 +76,16 @@ def test_heavy_tails_are_left_to_smc(monkeypatch):
     low, high = chi2_limits(1, NUM_RUNS)
     assert low < np.sum(scores**2) < high
     assert {each.diagnostics["branch"] for each in found} == {"SMC from the fitted reference"}
+
+
+def test_weights_are_kept_where_smc_fails(monkeypatch):
+    """No weights are good enough here, and SMC never comes to an end."""
+    monkeypatch.setattr("ebm_ppl.logz.fitted.LARGEST_K", -10.0)
+    found = small(fallback=dataclasses.replace(SMALL, max_stages=1, target_ess=0.99999)).integrate(
+        jax.random.key(0), PROBLEMS["regression"].target()
+    )
+    assert abs(found.value - PROBLEMS["regression"].log_z) < LIMIT * found.std_error
+    assert "SMC failed where they do: Tempering stalled" in found.doubts[0]
 
 
 @pytest.mark.slow
