@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ebm_ppl.sharding import Layout
 from ebm_ppl.target import Target
 from ebm_ppl.typing import Array, ArrayLike, EnergyError
 
@@ -21,7 +22,7 @@ Axes = tuple[tuple[str, int | None], ...]
 """Of each site that counts as data: the axis of its elements along which the observations lie, None for outside."""
 
 
-def layout(target: Target, plate: str | None) -> tuple[Axes, int]:
+def axes_of(target: Target, plate: str | None) -> tuple[Axes, int]:
     """Where the observations lie, and their number."""
     if target.spec.discrete:
         raise EnergyError(
@@ -135,6 +136,6 @@ def _along(x: Array, axis: int) -> Array:
     return jnp.sum(x, axis=tuple(other for other in range(x.ndim) if other != axis))
 
 
-def energies_of_observations(z: Array, target: Arriving) -> Array:
+def energies_of_observations(z: Array, target: Arriving, layout: Layout) -> Array:
     """Energies of the observations for all particles of a run, (N, n)."""
-    return jax.vmap(lambda z: target.terms(z)[2])(z)
+    return layout.over(lambda z: target.terms(z)[2])(z)

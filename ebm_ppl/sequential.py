@@ -40,10 +40,11 @@ from scipy.special import logsumexp
 
 from ebm_ppl import parallel
 from ebm_ppl.arviz import Coords, Dims, to_datatree
-from ebm_ppl.blocks import Arriving, Position, at, blocks, energies_of_observations, layout
+from ebm_ppl.blocks import Arriving, Position, at, axes_of, blocks, energies_of_observations
 from ebm_ppl.cloud import Cloud
 from ebm_ppl.evidence import read_log_z, weigh
 from ebm_ppl.probe import check_tails
+from ebm_ppl.sharding import Layout
 from ebm_ppl.smc import SMC
 from ebm_ppl.stages import SMALLEST_STEP
 from ebm_ppl.target import Phase, Target
@@ -113,7 +114,7 @@ def sequential_evidence(
     target.require_reference()
     target.require_known_constant()
     check_tails(target, needs_normalisation=True)
-    axes, num = layout(target, plate)
+    axes, num = axes_of(target, plate)
     outside = [name for name, axis in axes if axis is None]
     times, block = blocks(times, num, bool(outside))
     nothing = at(0, 0.0)
@@ -268,7 +269,8 @@ class _Walk:
 
     def _energies(self, clouds: list[Cloud], start: Position) -> np.ndarray:
         """What is left of each block for all particles, (run, block, N)."""
-        parts = parallel.over(energies_of_observations, [cloud.z for cloud in clouds], self.target)
+        layout = Layout(chunk_size=self.sampler.chunk_size)
+        parts = parallel.over(energies_of_observations, [cloud.z for cloud in clouds], self.target, layout)
         self.num_evaluations += 2 * self.sampler.num_particles * len(self.accounts)  # here, and on entering the phase
         energies = np.concatenate(jax.device_get(parts)).astype(float).swapaxes(1, 2)
         energies[np.isnan(energies)] = np.inf

@@ -504,9 +504,23 @@ MUTATIONS = (
     Mutation(
         "drift from particles without their weights",
         "smc.py",
-        "carried = jnp.mean(z, axis=0) - newest @ cloud.z",
-        "carried = jnp.mean(z, axis=0) - jnp.mean(cloud.z, axis=0)",
+        "newest @ jnp.where(newest[:, None] > 0, cloud.z, 0.0)",
+        "jnp.mean(cloud.z, axis=0)",
         (_smc("regression"),),
+    ),
+    Mutation(
+        "drift of draws at infinity",
+        "smc.py",
+        "newest @ jnp.where(newest[:, None] > 0, cloud.z, 0.0)",
+        "newest @ cloud.z",
+        ("test_smc.py::test_draws_at_infinity_hide_no_drift",),
+    ),
+    Mutation(
+        "a fingerprint that sees no masks",
+        "target.py",
+        'return over_events(scale, site["fn"]) * mask_of(site["fn"])',
+        'return over_events(scale, site["fn"])',
+        ("test_arviz.py::test_fingerprint_sees_what_counts",),
     ),
 )
 

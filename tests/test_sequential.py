@@ -14,7 +14,7 @@ from problems import NORMAL_Y, PROBLEMS
 from scipy.special import logsumexp
 
 import ebm_ppl as ebm
-from ebm_ppl.blocks import Arriving, at, blocks, layout
+from ebm_ppl.blocks import Arriving, at, axes_of, blocks
 
 NUM_RUNS = 40
 SAMPLER = ebm.SMC(num_particles=300)
@@ -149,7 +149,7 @@ def test_hard_constraints_and_what_is_impossible():
 def test_all_blocks_are_the_target(name, plate):
     """What is in and what comes in add up to the energies of the target, at any two positions."""
     target = made(name)
-    axes, num = layout(target, plate)
+    axes, num = axes_of(target, plate)
     _, block = blocks(np.arange(num) // 2, num, any(axis is None for _, axis in axes))
     z = jax.random.normal(jax.random.key(0), (5, target.dim))
     end = at(int(block.max()) + 1, 0.0)
@@ -194,3 +194,12 @@ def test_refusals_name_the_remedy():
         ebm.sequential_evidence(jax.random.key(0), made("constrained"), times=[1, 2, np.nan, 3])
     with pytest.raises(ebm.NoReferenceError):
         ebm.sequential_evidence(jax.random.key(0), made("improper"))
+
+
+def test_chunks_change_rounding_only():
+    target = PROBLEMS["normal_mean"].target()
+    whole, in_chunks = (
+        ebm.sequential_evidence(jax.random.key(1), target, ebm.SMC(num_particles=60, chunk_size=size))
+        for size in (None, 7)
+    )
+    np.testing.assert_allclose(in_chunks["sequential"]["elpd"], whole["sequential"]["elpd"], rtol=1e-9)

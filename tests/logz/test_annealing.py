@@ -165,10 +165,12 @@ def test_a_path_too_fast_is_a_doubt():
     assert any("chains are effective" in doubt for doubt in found.doubts)
 
 
-@pytest.mark.parametrize(("limit", "words"), [("UNSETTLED", "lag behind"), ("CONTRADICTION", "contradicts")])
+@pytest.mark.parametrize(
+    ("limit", "words"), [("smc.UNSETTLED", "lag behind"), ("logz.annealing.CONTRADICTION", "contradicts")]
+)
 def test_a_pilot_that_is_not_to_be_trusted_is_a_doubt(monkeypatch, limit, words):
     """With a limit that nothing keeps to."""
-    monkeypatch.setattr(f"ebm_ppl.logz.annealing.{limit}", -1.0)
+    monkeypatch.setattr(f"ebm_ppl.{limit}", -1.0)
     found = small(ebm.AIS).integrate(jax.random.key(0), PROBLEMS["regression"].target())
     assert len(found.doubts) == 1 and words in found.doubts[0]
 
