@@ -28,7 +28,7 @@ import numpy as np
 from blackjax.smc.resampling import systematic
 
 from ebm_ppl import smc
-from ebm_ppl.logz.importance import BLOCKS, Weighed, draw
+from ebm_ppl.logz.importance import BLOCKS, Weighed, weigh
 from ebm_ppl.logz.integral import CONTRADICTION, FEW, LARGEST_K, Integral, Opinion, opinion_of
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.search import Effort, find_reference
@@ -99,7 +99,7 @@ class FittedReference:
         effort = Effort(self.num_ascents, self.num_draws, self.max_refits, self.defence)
         found = find_reference(key_fit, target, pilot.cloud, opinion.value, effort, story)
         search = opinion.num_evaluations + found.num_evaluations
-        final = draw(key_final, found.reference, _enough(found.seen, search, self))
+        final = weigh(key_final, found.reference, _enough(found.seen, search, self))
         story.append(
             f"{final.num} fresh draws, {final.effective_share:.0%} effective, Pareto k {final.pareto_k:.2f}: "
             f"log Z {with_error(final.value, final.std_error)}"

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +34,16 @@ from ebm_ppl.typing import Array, PRNGKey, log_mean
 
 BLOCKS = 16
 """Scrambled sequences of an estimate: its standard error has one degree of freedom fewer."""
+MOST_AT_ONCE = 2**24
+"""Coordinates of draws that are weighed at a time, if a block has no more."""
 SMALLEST = 2.0**-33
 """Coordinate of a point of the cube, half of its resolution."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Weighed:
-    """Evenly spread draws of a reference with their log weights, in blocks; shapes (block, draw, ...)."""
+    """Log weights of evenly spread draws of a reference, in blocks, shape (block, draw)."""
 
-    z: np.ndarray
     log_weight: np.ndarray
     num_nan: int
 
@@ -73,19 +75,39 @@ class Weighed:
         return pareto_k(self.log_weight)
 
 
-def draw(key: PRNGKey, reference: Rebased, num: int) -> Weighed:
-    """`num` draws of a reference in blocks, with their log weights -U_q; those with a NaN energy weigh nothing."""
+def draw(key: PRNGKey, reference: Rebased, num: int) -> tuple[np.ndarray, Weighed]:
+    """`num` draws of a reference, shape (num, dim), and what they weigh."""
+    groups = list(_groups(key, reference, num))
+    return np.concatenate([z for z, _ in groups]), _weighed([energy for _, energy in groups])
+
+
+def weigh(key: PRNGKey, reference: Rebased, num: int) -> Weighed:
+    """What `num` draws of a reference weigh, of which no more are held than are weighed at a time."""
+    return _weighed([energy for _, energy in _groups(key, reference, num)])
+
+
+def _weighed(energies: list[np.ndarray]) -> Weighed:
+    """By the energies relative to q; draws with a NaN energy weigh nothing."""
+    energy = np.concatenate(energies)
+    nan = check_energies(energy, "draws of the fitted reference")
+    return Weighed(np.where(np.isnan(energy), -np.inf, -energy).reshape(BLOCKS, -1), nan)
+
+
+def _groups(key: PRNGKey, reference: Rebased, num: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Draws and their energies relative to q, some of the blocks at a time."""
     key_cube, key_own = jax.random.split(key)
     per_block = num // BLOCKS
     few = math.ceil(float(reference.defence) * per_block) + 1
     owns = np.split(draw_own(key_own, reference.target, BLOCKS * few), BLOCKS)
     seeds = np.asarray(jax.random.bits(key_cube, (BLOCKS,)))
-    z = np.concatenate([_even(int(seed), reference, per_block, own) for seed, own in zip(seeds, owns, strict=True)])
-    parts = parallel.over(_energy, parallel.split(jnp.asarray(z)), reference)
-    energy = np.concatenate(jax.device_get(parts))
-    nan = check_energies(energy, "draws of the fitted reference")
-    shape = BLOCKS, per_block
-    return Weighed(z.reshape(*shape, -1), np.where(np.isnan(energy), -np.inf, -energy).reshape(shape), nan)
+    size = BLOCKS
+    while size > 1 and size * per_block * reference.dim > MOST_AT_ONCE:
+        size //= 2
+    for start in range(0, BLOCKS, size):
+        blocks = zip(seeds[start : start + size], owns[start : start + size], strict=True)
+        z = np.concatenate([_even(int(seed), reference, per_block, own) for seed, own in blocks])
+        parts = parallel.over(_energy, parallel.split(jnp.asarray(z)), reference)
+        yield z, np.concatenate(jax.device_get(parts))
 
 
 def _even(seed: int, reference: Rebased, num: int, own: np.ndarray) -> np.ndarray:

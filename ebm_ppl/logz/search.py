@@ -134,7 +134,7 @@ def _fits(
             weights[: len(cloud)] = BIASED
         proposal = Placed(mixture.with_tails(TAILS_SHARE), centring)
         reference = Rebased(target, proposal, jnp.asarray(effort.defence, cloud.dtype))
-        seen = draw(key_draw, reference, effort.num_draws)
+        z, seen = draw(key_draw, reference, effort.num_draws)
         evaluations, num_nan = evaluations + seen.num, num_nan + seen.num_nan
         share, before = seen.effective_share, best.seen.effective_share if best else 0.0
         story.append(f"fit {fit + 1}: {len(mixture.log_weight)} components, {share:.0%} of the draws are effective")
@@ -143,7 +143,7 @@ def _fits(
         if share >= GOOD_SHARE or share < WORTHWHILE * before or fit == effort.max_refits:
             break
         here = slice(filled, filled + seen.num)
-        points[here] = _coordinates(seen.z.reshape(-1, target.dim), centring)
+        points[here] = _coordinates(z, centring)
         weights[here], filled = _truncated(seen), here.stop
     assert best is not None
     return best._replace(num_evaluations=evaluations, num_nan=num_nan)

@@ -69,6 +69,15 @@ def test_without_a_wanted_error_the_estimate_gets_as_much_as_the_search():
         assert draws >= search and each.num_evaluations >= search + draws
 
 
+def test_draws_weighed_a_block_at_a_time_are_the_same(monkeypatch):
+    target = PROBLEMS["regression"].target()
+    at_once = small().integrate(jax.random.key(0), target)
+    monkeypatch.setattr("ebm_ppl.logz.importance.MOST_AT_ONCE", 1)
+    in_blocks = small().integrate(jax.random.key(0), target)
+    assert in_blocks.value == pytest.approx(at_once.value, abs=1e-9)
+    assert in_blocks.num_evaluations == at_once.num_evaluations
+
+
 def test_heavy_tails_are_left_to_smc(monkeypatch):
     """No weights are good enough here, so that every run goes on from its fitted reference."""
     monkeypatch.setattr("ebm_ppl.logz.fitted.LARGEST_K", -10.0)
