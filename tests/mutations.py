@@ -509,6 +509,13 @@ MUTATIONS = (
         (_smc("regression"),),
     ),
     Mutation(
+        "reverse chains taken for independent",
+        "logz/bdmc.py",
+        "bennett(forward.log_weight, reverse.log_weight, families)",
+        "bennett(forward.log_weight, reverse.log_weight, np.arange(self.num_chains))",
+        ("logz/test_annealing.py::test_starts_that_descend_from_few_draws_are_not_independent",),
+    ),
+    Mutation(
         "drift of draws at infinity",
         "smc.py",
         "newest @ jnp.where(newest[:, None] > 0, cloud.z, 0.0)",

@@ -24,6 +24,7 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from ebm_ppl import smc
+from ebm_ppl.cloud import Cloud
 from ebm_ppl.logz.annealing import (
     BLOCKS,
     Annealing,
@@ -63,7 +64,8 @@ class BDMC(Annealing):
 
         sum_forward s(A_i - value) = sum_reverse s(value - A_j)
 
-    with the standard error of the two means.
+    with the standard error of the two means; reverse chains whose starts descend from one draw of the reference count
+    as dependent.
 
     Where only a share a of the reference has any mass (a hard constraint), reverse chains never see the rest, and
     E_R[exp(-A)] is a / Z: the upper bound holds, with a slack of -log a that no number of stages removes.
@@ -100,11 +102,11 @@ class BDMC(Annealing):
                 "posterior cannot start the chains of both: use BDMC() without `exact`."
             )
         path, pilot = find_path(key_pilot, target, self)
-        starts, runs = _starts(key_starts, target, self)
+        starts, families, runs = _starts(key_starts, target, self)
         runs = [pilot, *runs]
         forward = forward_chains(key_forward, target, path, self)
         reverse = reverse_chains(key_reverse, starts, target, path, self)
-        value, std_error = bennett(forward.log_weight, reverse.log_weight)
+        value, std_error = bennett(forward.log_weight, reverse.log_weight, families)
         rounding = rounding_of(path, value)
         low, low_error = _bound(forward.log_weight)
         high, high_error = _bound(-reverse.log_weight)
@@ -136,8 +138,12 @@ class BDMC(Annealing):
         )
 
 
-def bennett(forward: np.ndarray, reverse: np.ndarray) -> tuple[float, float]:
-    """log Z and its standard error from equally many log weights of both directions, by Bennett's acceptance ratio."""
+def bennett(forward: np.ndarray, reverse: np.ndarray, families: np.ndarray) -> tuple[float, float]:
+    """log Z and its standard error from equally many log weights of both directions, by Bennett's acceptance ratio.
+
+    Args:
+        families: of the reverse chains, those of one of which are not independent.
+    """
     both = np.concatenate([forward[np.isfinite(forward)], reverse])
     margin = (
         math.log(len(reverse)) + 2.0
@@ -147,7 +153,16 @@ def bennett(forward: np.ndarray, reverse: np.ndarray) -> tuple[float, float]:
         return float(np.sum(expit(forward - log_z)) - np.sum(expit(log_z - reverse)))
 
     value = float(brentq(surplus, np.min(both) - margin, np.max(both) + margin, xtol=1e-12))  # pyright: ignore
-    return value, math.hypot(relative_error(expit(forward - value)), relative_error(expit(value - reverse)))
+    return value, math.hypot(relative_error(expit(forward - value)), _error_by_family(expit(value - reverse), families))
+
+
+def _error_by_family(x: np.ndarray, families: np.ndarray) -> float:
+    """Standard error of a mean of numbers that depend on each other in families, over that mean; see `weighing.py`."""
+    known = 1 - np.sum((np.bincount(families) / len(x)) ** 2)
+    if known <= 0:  # a single family
+        return math.inf
+    sums = np.bincount(families, x - np.mean(x))
+    return float(math.sqrt(np.sum(sums**2) / known) / np.sum(x))
 
 
 def _bound(log_weight: np.ndarray) -> tuple[float, float]:
@@ -178,15 +193,25 @@ def _disagreement(lower: float, upper: float, kind: str) -> list[str]:
     return []
 
 
-def _starts(key: PRNGKey, target: Tilted, method: BDMC) -> tuple[Array, list[Draws]]:
-    """Where the reverse chains start, and the run that they come from unless they are exact."""
+def _starts(key: PRNGKey, target: Tilted, method: BDMC) -> tuple[Array, np.ndarray, list[Draws]]:
+    """Where the reverse chains start, the family of each, and the run that they come from unless they are exact.
+
+    Particles that descend from one draw of the reference are a family, and go into the same block as far as they can.
+    """
     key_run, key_which = jax.random.split(key)
     if method.exact is not None:
         starts = jax.vmap(method.exact)(jax.random.split(key_run, method.num_chains))
         if starts.shape != (method.num_chains, target.dim):
             raise EnergyError(f"exact returns a point of shape ({target.dim},); got {starts.shape[1:]}.")
-        return starts, []
+        return starts, np.arange(method.num_chains), []
     # Not the pilot's own particles: a metric of the very points that it moves favours the directions of their spread.
-    run = smc.run(key_run, Joint(target), method.pilot, progress_bar=False)
-    order = np.asarray(jax.random.permutation(key_which, len(run.z[0])))
-    return run.z[0][np.resize(order, method.num_chains)], [run]
+    eve = np.arange(method.pilot.num_particles)
+
+    def look(clouds: list[Cloud]) -> None:
+        eve[:] = clouds[0].eve[0]
+
+    run = smc.run(key_run, Joint(target), method.pilot, progress_bar=False, visit=look)
+    order = np.asarray(jax.random.permutation(key_which, len(eve)))
+    which = np.resize(order, method.num_chains)
+    which = which[np.argsort(eve[which], kind="stable")]
+    return run.z[0][which], eve[which], [run]

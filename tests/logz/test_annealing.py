@@ -1,5 +1,7 @@
 """log Z from annealed chains: right, with an error that holds, and between its bounds."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import scipy.stats as st
-from limits import FAMILY_WISE, t_limit, z_limit
+from limits import FAMILY_WISE, chi2_limits, t_limit, z_limit
 from problems import PROBLEMS
 from scipy.special import expit
 
@@ -16,7 +18,8 @@ from ebm_ppl import parallel
 from ebm_ppl.kernels import Tuning
 from ebm_ppl.logz import annealing
 from ebm_ppl.logz.annealing import BLOCKS, Path, Stage, refine
-from ebm_ppl.logz.bdmc import BOUND_ERRORS
+from ebm_ppl.logz.bdmc import BOUND_ERRORS, _error_by_family
+from ebm_ppl.logz.integral import relative_error
 from ebm_ppl.scale import DenseScale
 
 NUM_RUNS = 10
@@ -113,6 +116,35 @@ def test_bounds_bracket_the_truth(exact):
         assert each.diagnostics["forward"] > each.lower and each.diagnostics["reverse"] < each.upper
     one = small(ebm.AIS).integrate(jax.random.key(0), target)
     assert np.mean([each.std_error for each in found]) < one.std_error  # two directions are better than one
+
+
+def test_starts_that_descend_from_few_draws_are_not_independent():
+    """How many particles of a run of SMC lie in each of two modes is up to their few ancestors."""
+
+    def model():
+        x = numpyro.sample("x", dist.Normal(0.0, 3.0).expand([3]).to_event(1))
+        modes = [dist.Normal(centre, 0.2).log_prob(x).sum() for centre in (-2.0, 2.0)]
+        ebm.energy_factor("modes", -jnp.logaddexp(modes[0] + np.log(0.2), modes[1] + np.log(0.8)), role="loss")
+
+    target, log_z = ebm.target(model), 3 * st.norm.logpdf(2.0, 0.0, np.hypot(3.0, 0.2))
+    method = small(ebm.BDMC, num_stages=256, pilot=dataclasses.replace(PILOT, num_particles=100))
+    found = [method.integrate(jax.random.key(seed), target) for seed in range(NUM_RUNS)]
+    scores = np.array([(each.value - log_z) / each.std_error for each in found])
+    low, high = chi2_limits(1, NUM_RUNS)
+    assert low < np.sum(scores**2) < high
+    assert all(each.lower < log_z < each.upper for each in found)
+
+
+def test_error_by_family():
+    """Of means of numbers of which each four share half of their variance."""
+    rng, num = np.random.default_rng(0), 4000
+    families = np.repeat(np.arange(num // 4), 4)
+    x = 10 + rng.normal(size=num) + rng.normal(size=num // 4)[families]
+    shuffled = rng.permutation(num)
+    found = _error_by_family(x[shuffled], families[shuffled])
+    assert found == pytest.approx(np.sqrt((1 + 4) / num) / 10, rel=0.1)  # 1000 families know it to 2 %
+    assert _error_by_family(x, np.arange(num)) == pytest.approx(relative_error(x))
+    assert _error_by_family(x, np.zeros(num, int)) == np.inf
 
 
 @pytest.mark.slow
