@@ -60,7 +60,7 @@ def compare(
             that are not probabilities of these models.
 
     Example:
-        >>> ebm_ppl.compare({"spatial": ebm_ppl.log_z(key, a), "independent": ebm_ppl.log_z(key, b)})
+        >>> ebm_ppl.compare({"spatial": ebm_ppl.log_z(key_a, a), "independent": ebm_ppl.log_z(key_b, b)})
     """
     import pandas as pd
     from arviz_base import rcParams

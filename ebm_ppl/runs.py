@@ -152,6 +152,7 @@ def estimate(runs: Mapping[str, np.ndarray], method: str, observed: str | None =
         "num_evaluations": float(np.sum(runs["num_evaluations"])),
         "num_nan_energy": int(np.sum(runs["num_nan"])),
         "run_std_errors": [error for _, error in each],
+        "log_bias": -(std_error**2) / 2,
     }
     if "drift" in runs:
         diagnostics["largest_drift"] = float(np.max(runs["drift"], initial=0.0))

@@ -84,7 +84,8 @@ class LogZ:
     so that differences of two `LogZ` are log Bayes factors whether or not the models have prior energies. For a model
     without data it is `log Z(prior energies)`. The two stages are kept in `parts`.
 
-    Subtraction and addition propagate the errors of independent estimates, `sqrt(se_a^2 + se_b^2)`.
+    Subtraction and addition propagate the errors of independent estimates, `sqrt(se_a^2 + se_b^2)`: give each a key of
+    its own.
 
     Attributes:
         value: the estimate, in nats.
@@ -95,7 +96,8 @@ class LogZ:
         lower, upper: bounds where the method brackets log Z, else None.
         data_id: fingerprint of the observed values, their masks and scales; None where there are none (losses and
             factors do not say what is data in them). Of a sum there are several, and those taken off have a minus sign.
-        diagnostics: what says whether to trust the number.
+        diagnostics: what says whether to trust the number. `log_bias` is what the logarithm costs: where the estimate
+            of Z is unbiased, its log is too low by std_error^2 / 2 on average, which is small beside std_error.
         story: how the estimate was reached, a sentence for each step.
         doubts: why not to trust it, a sentence for each reason; empty where nothing speaks against it.
         runs: what each independent run says, each of shape (num_runs,): `<phase>_value` and `<phase>_std_error` (the

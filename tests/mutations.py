@@ -516,6 +516,13 @@ MUTATIONS = (
         ("logz/test_annealing.py::test_starts_that_descend_from_few_draws_are_not_independent",),
     ),
     Mutation(
+        "modes that no chain has been to left unsaid",
+        "logz/bridge.py",
+        "if missed > NEGLIGIBLE:",
+        "if missed < 0:",
+        ("logz/test_bridge.py::test_a_mode_that_no_chain_has_been_to_is_a_doubt",),
+    ),
+    Mutation(
         "drift of draws at infinity",
         "smc.py",
         "newest @ jnp.where(newest[:, None] > 0, cloud.z, 0.0)",

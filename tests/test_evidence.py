@@ -109,6 +109,7 @@ def test_history():
     np.testing.assert_array_equal(found.history["num_evaluations"], [2000, 4000, 6000])
     last = found.history.loc[3]
     assert (last["value"], last["std_error"]) == (found.value, found.std_error)
+    assert found.diagnostics["log_bias"] == -(found.std_error**2) / 2
     assert found.history.loc[1, "value"] == found.replicates[0] and "std_error" in str(found.history)
     assert len((found - found).history) == 0 == len((-found).history)
 

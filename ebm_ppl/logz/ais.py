@@ -37,7 +37,7 @@ class AIS(Annealing):
 
     Z is unbiased; its logarithm is too low by about se^2 / 2, which is left as it is, so that runs can be averaged on
     the scale of Z. With n' effective chains, se^2 is below 1 / n': where `FEW` are effective the bias is below .005
-    nats and a twentieth of the standard error, and where fewer are, that is a doubt. `diagnostics["bias"]` has it.
+    nats and a twentieth of the standard error, and where fewer are, that is a doubt.
 
     Args:
         num_chains: annealed chains, a multiple of 16.
@@ -76,5 +76,5 @@ class AIS(Annealing):
                 f"log Z {with_error(value, std_error)}, {spent:.0f} evaluations",
             ),
             doubts=tuple(doubts),
-            diagnostics={"effective_share": share, "pareto_k": k, "bias": -(std_error**2) / 2},
+            diagnostics={"effective_share": share, "pareto_k": k},
         )

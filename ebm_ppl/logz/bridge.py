@@ -4,6 +4,7 @@
 
     chains       NUTS on p; the first half of each chain fits q, the second half estimates
     proposal     a mixture of Student t distributions (`mixture.py`); or, warped, a normal one with some heavy tails
+    modes        ascents from draws of the reference (`modes.py`): what the chains may have missed
     bridge       Z solves  mean_q[ e^l / (s_1 e^l + s_2 Z) ] = mean_p[ Z / (s_1 e^l + s_2 Z) ]             (`_solve`)
 
 The bridge is the optimal one: s_1 and s_2 are the shares of the two sets of draws, each counted by its effective size.
@@ -42,7 +43,9 @@ from scipy.special import expit
 
 from ebm_ppl import mcmc, parallel
 from ebm_ppl.kernels import NUTS
+from ebm_ppl.logz.importance import draw_own
 from ebm_ppl.logz.integral import LARGEST_RHAT, Integral, check_energies, disagreement, effective_size, relative_error
+from ebm_ppl.logz.modes import find_modes, spread_of, unvisited
 from ebm_ppl.mixture import DEGREES, StudentMixture, fit_mixture
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.target import Target, Tilted
@@ -50,6 +53,8 @@ from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, PRNGKey, wi
 
 LARGE_ERROR = 0.3
 """Relative error of Z beyond which its logarithm is not normally distributed."""
+NEGLIGIBLE = 0.01
+"""Mass that the chains may have missed, over what they found."""
 TAILS_SHARE = 0.1
 """Share of the warped proposal that has heavy tails: with a normal's own, rare draws beyond them rule the error."""
 FEWEST = 8
@@ -68,6 +73,8 @@ class Bridge:
         warp: whether to bridge from a normal proposal to the posterior made symmetric about it (Warp III), at two
             evaluations a draw, instead of from a mixture to the posterior. For posteriors with one mode.
         sampler: settings of the chains.
+        num_ascents: gradient ascents from draws of the reference, in search of modes that no chain has been to: chains
+            that all went to the same one agree.
 
     References:
         Meng and Wong (1996), Simulating ratios of normalizing constants via a simple identity; Gronau et al. (2017), A
@@ -80,6 +87,7 @@ class Bridge:
     num_proposal: int | None = None
     warp: bool = False
     sampler: NUTS = dataclasses.field(default_factory=NUTS)
+    num_ascents: int = 64
     name = "bridge sampling"
 
     def __post_init__(self):
@@ -87,6 +95,8 @@ class Bridge:
             raise EnergyError(f"num_chains is 2 at least, so that chains can disagree; got {self.num_chains}.")
         if self.num_samples < FEWEST or self.num_samples % 2:
             raise EnergyError(f"num_samples is an even number of at least {FEWEST}; got {self.num_samples}.")
+        if self.num_ascents < 2:
+            raise EnergyError(f"num_ascents is at least 2; got {self.num_ascents}.")
         if self.num_proposal is not None and self.num_proposal < 2:
             raise EnergyError(f"num_proposal is 2 at least; got {self.num_proposal}.")
 
@@ -103,7 +113,7 @@ class Bridge:
                 f"Bridge() samples the posterior by chains, for which it needs a model's target; got a "
                 f"{type(target).__name__}. Use FittedReference() or SMC() there."
             )
-        key_chains, key_fit, key_proposal = jax.random.split(key, 3)
+        key_chains, key_fit, key_proposal, key_starts = jax.random.split(key, 4)
         chains = self._chains(key_chains, target)
         for_fit, for_bridge = np.split(np.asarray(chains.z), 2, axis=1)
         proposal = _fit(key_fit, for_fit.reshape(-1, target.dim), self.warp)
@@ -117,18 +127,23 @@ class Bridge:
         values = np.asarray(chains.stats["lp"]), *np.moveaxis(np.asarray(chains.z), -1, 0)
         rhat, divergent = max(map(disagreement, values)), chains.attrs["num_divergent"]
         densities = 1 + self.warp
+        starts = draw_own(key_starts, target, self.num_ascents)
+        modes, ascents = find_modes(target, starts, spread_of(starts))
+        missed = math.exp(min(unvisited(modes, chains.z.reshape(-1, target.dim)) - bridged.value, 700.0))
         return Integral(
             value=bridged.value,
             std_error=bridged.std_error,
-            num_evaluations=chains.attrs["num_evaluations"] + densities * (of_posterior.size + num),
+            num_evaluations=chains.attrs["num_evaluations"] + densities * (of_posterior.size + num) + ascents,
             num_nan=chains.attrs["num_nan_energy"] + nan_posterior + nan_proposal,
             story=(
                 f"{self.num_chains} chains of {self.num_samples} draws: R-hat {rhat:.3f}, {divergent} divergences",
                 f"{of_posterior.size} draws of the posterior, worth {bridged.effective:.0f}, and {num} of the "
                 f"{'warped normal' if self.warp else 'mixture'} fitted to the others: "
                 f"log Z {with_error(bridged.value, bridged.std_error)}",
+                f"{np.sum(modes.hits)} ascents arrived: {len(modes.z)} modes, of which those that no chain has been to "
+                f"have about {missed:.2g} of its mass",
             ),
-            doubts=tuple(_doubts(bridged, rhat, divergent)),
+            doubts=tuple(_doubts(bridged, rhat, divergent, missed)),
             diagnostics={"rhat": rhat, "num_divergent": divergent, "effective_draws": bridged.effective},
         )
 
@@ -230,8 +245,14 @@ def _log_densities(z: Array, target: Target, proposal: StudentMixture, warp: boo
     return jnp.stack([target.log_density(point) for point in points]), proposal.log_density(z)
 
 
-def _doubts(bridged: Bridged, rhat: float, divergent: int) -> list[str]:
+def _doubts(bridged: Bridged, rhat: float, divergent: int, missed: float) -> list[str]:
     doubts = []
+    if missed > NEGLIGIBLE:
+        doubts.append(
+            f"There are modes that no chain has been to, with about {missed:.2g} times the mass that the chains found "
+            "(by the normal distributions that touch them): log Z is probably too low. Use FittedReference(), which "
+            "takes them in."
+        )
     if not rhat <= LARGEST_RHAT:
         doubts.append(
             f"The chains disagree (R-hat {rhat:.2f} of the log density or a coordinate): their draws are not yet those "

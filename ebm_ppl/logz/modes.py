@@ -16,6 +16,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,6 +36,10 @@ FLAT = 1e-3
 """Norm of the gradient in whitened coordinates, in nats, at which an ascent has arrived."""
 SAME = 0.3
 """Distance of two modes, for each dimension, in standard deviations of one of them, within which they are the same."""
+
+
+FAR = 2.0
+"""Such a distance of a mode from the nearest of many points, beyond which they have not been there; draws are at 1."""
 
 
 class Modes(NamedTuple):
@@ -97,6 +102,15 @@ def find_modes(
     kept.sort(key=lambda mode: -float(mode.log_density))
     modes: Any = jax.tree.map(lambda *xs: np.stack(xs), *kept)
     return modes, num_evaluations
+
+
+def unvisited(modes: Modes, z: np.ndarray) -> float:
+    """log of the mass of the normal distributions at modes that none of the points, shape (num, dim), is near."""
+    distances = [
+        np.min(np.linalg.norm((z - mode) @ inverse.T, axis=1)) / math.sqrt(z.shape[1])
+        for mode, inverse in zip(modes.z, np.asarray(modes.scale.inverse), strict=True)
+    ]
+    return float(np.logaddexp.reduce(modes.log_mass[np.array(distances, float) > FAR], initial=-np.inf))
 
 
 def spread_of(starts: np.ndarray) -> np.ndarray:

@@ -95,7 +95,6 @@ def test_estimate_and_its_error(name):
     for each in found:
         assert not each.doubts and each.lower is None and "log Z" in each.story[0] and "log Z" in each.story[1]
         assert each.num_evaluations > NUM_CHAINS * 64 * 3
-        assert each.diagnostics["bias"] == pytest.approx(-(each.std_error**2) / 2)
 
 
 @pytest.mark.parametrize("exact", [exact_regression, None])

@@ -54,6 +54,7 @@ def test_estimate_and_its_error(name, warp):
         # Each step of a chain makes a leapfrog step at least, in the warm-up too.
         assert each.num_evaluations > 4 * 700 + (1 + warp) * 2000
         assert ("warped normal" if warp else "mixture") in each.story[1]
+        assert not any("no chain has been to" in doubt for doubt in each.doubts)
 
 
 @pytest.mark.slow
@@ -108,6 +109,23 @@ def test_chains_that_miss_a_part_of_the_posterior_are_a_doubt():
     assert abs(found.value - FUNNEL_IN_A_BOX) > found.std_error and "in doubt" in str(found)
 
 
+def test_a_mode_that_no_chain_has_been_to_is_a_doubt():
+    """All chains start near the other mode, agree, and state a small error."""
+
+    def model():
+        x = numpyro.sample("x", dist.Normal(0.0, 4.0).expand([3]).to_event(1))
+        modes = [dist.Normal(centre, 0.5).log_prob(x).sum() for centre in (-6.0, 1.0)]
+        # What the prior takes away from each, so that .3 and .7 of Z are theirs.
+        weights = np.log([0.3, 0.7]) + 3 * np.array([36.0, 1.0]) / (2 * 16.25)
+        ebm.energy_factor("modes", -jnp.logaddexp(modes[0] + weights[0], modes[1] + weights[1]), role="loss")
+
+    exact = 3 * st.norm.logpdf(0.0, 0.0, np.sqrt(16.25))
+    with pytest.warns(ebm.EnergyWarning, match=r"no chain has been to, with about 0\.4\d times the mass"):
+        found = ebm.log_z(jax.random.key(0), ebm.target(model), small())
+    assert found.value < exact - 5 * found.std_error and len(found.doubts) == 1
+    assert abs(found.value - exact - np.log(0.7)) < LIMIT * found.std_error
+
+
 def test_other_targets_than_those_of_models_are_refused():
     _, other = rebased("regression", num=50)
     with pytest.raises(ebm.EnergyError, match="needs a model's target; got a Rebased"):
@@ -120,6 +138,7 @@ def test_other_targets_than_those_of_models_are_refused():
         ({"num_chains": 1}, "num_chains is 2 at least"),
         ({"num_samples": 101}, "num_samples is an even number"),
         ({"num_samples": 6}, "of at least 8"),
+        ({"num_ascents": 1}, "num_ascents is at least 2"),
         ({"num_proposal": 1}, "num_proposal is 2 at least"),
     ],
 )
