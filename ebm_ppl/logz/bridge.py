@@ -115,7 +115,8 @@ class Bridge:
             )
         key_chains, key_fit, key_proposal, key_starts = jax.random.split(key, 4)
         chains = self._chains(key_chains, target)
-        for_fit, for_bridge = np.split(np.asarray(chains.z), 2, axis=1)
+        z = np.asarray(chains.z)
+        for_fit, for_bridge = np.split(z, 2, axis=1)
         proposal = _fit(key_fit, for_fit.reshape(-1, target.dim), self.warp)
         num = self.num_proposal or for_bridge.shape[0] * for_bridge.shape[1]
         keys = parallel.split(jax.random.split(key_proposal, num))
@@ -124,12 +125,12 @@ class Bridge:
         of_proposal, nan_proposal = _log_ratio(fresh, target, proposal, self.warp)
         bridged = bridge(of_posterior.reshape(for_bridge.shape[:2]), of_proposal)
 
-        values = np.asarray(chains.stats["lp"]), *np.moveaxis(np.asarray(chains.z), -1, 0)
+        values = np.asarray(chains.stats["lp"]), *np.moveaxis(z, -1, 0)
         rhat, divergent = max(map(disagreement, values)), chains.attrs["num_divergent"]
         densities = 1 + self.warp
         starts = draw_own(key_starts, target, self.num_ascents)
         modes, ascents = find_modes(target, starts, spread_of(starts))
-        missed = math.exp(min(unvisited(modes, chains.z.reshape(-1, target.dim)) - bridged.value, 700.0))
+        missed = math.exp(min(unvisited(modes, z.reshape(-1, target.dim)) - bridged.value, 700.0))
         return Integral(
             value=bridged.value,
             std_error=bridged.std_error,
@@ -140,8 +141,8 @@ class Bridge:
                 f"{of_posterior.size} draws of the posterior, worth {bridged.effective:.0f}, and {num} of the "
                 f"{'warped normal' if self.warp else 'mixture'} fitted to the others: "
                 f"log Z {with_error(bridged.value, bridged.std_error)}",
-                f"{np.sum(modes.hits)} ascents arrived: {len(modes.z)} modes, of which those that no chain has been to "
-                f"have about {missed:.2g} of its mass",
+                f"{np.sum(modes.hits)} ascents arrived: {len(modes.z)} modes; at those that no chain has been to, "
+                f"{missed:.2g} of its mass",
             ),
             doubts=tuple(_doubts(bridged, rhat, divergent, missed)),
             diagnostics={"rhat": rhat, "num_divergent": divergent, "effective_draws": bridged.effective},
