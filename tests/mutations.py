@@ -523,6 +523,13 @@ MUTATIONS = (
         ("logz/test_bridge.py::test_a_mode_that_no_chain_has_been_to_is_a_doubt",),
     ),
     Mutation(
+        "an error of weights without a variance from their spread alone",
+        "logz/importance.py",
+        "if self.pareto_k > HAS_VARIANCE else spread",
+        "if self.pareto_k > 9 else spread",
+        ("logz/test_importance.py::test_two_standard_errors_cover_the_truth[0.65]",),
+    ),
+    Mutation(
         "drift of draws at infinity",
         "smc.py",
         "newest @ jnp.where(newest[:, None] > 0, cloud.z, 0.0)",

@@ -28,7 +28,7 @@ import numpy as np
 from blackjax.smc.resampling import systematic
 
 from ebm_ppl import smc
-from ebm_ppl.logz.importance import BLOCKS, Weighed, weigh
+from ebm_ppl.logz.importance import BLOCKS, HAS_VARIANCE, Weighed, weigh
 from ebm_ppl.logz.integral import CONTRADICTION, FEW, LARGEST_K, Integral, Opinion, opinion_of
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.search import Effort, find_reference
@@ -45,8 +45,6 @@ CLOUD = 2000
 """Points that are fitted of a pilot of nested sampling."""
 FAIR_SHARE = 0.1
 """Effective share of the draws below which a heavy tail may not have shown itself."""
-HAS_VARIANCE = 0.5
-"""Of Pareto's k: below it the weights have a finite variance."""
 SMALL_SHARE = 0.01
 """Effective share of the draws below which the path from the fitted reference is not the shorter one."""
 REMEDY = "A larger pilot, or a reparametrised model, helps."

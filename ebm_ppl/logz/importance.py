@@ -8,7 +8,10 @@ The draws are evenly spread, not independent: `BLOCKS` Sobol sequences, each scr
 
     Z = mean_b Z_b        se(log Z) = sd_b(Z_b) / (Z sqrt(BLOCKS))
 
-which is several times smaller than that of independent draws where w is smooth, and no larger elsewhere.
+which is several times smaller than that of independent draws where w is smooth, and no larger elsewhere. Where Pareto's
+k is over `HAS_VARIANCE`, the blocks do not show the weights that none of them has, one in N of which is expected,
+
+    E[w; w > max w] / Z = max w / ((1 - k) N Z)         added to the error, in squares
 
 References:
     Owen (1997), Scrambled net variance for integrals of smooth functions; Hesterberg (1995), Weighted average
@@ -34,6 +37,10 @@ from ebm_ppl.typing import Array, PRNGKey, log_mean
 
 BLOCKS = 16
 """Scrambled sequences of an estimate: its standard error has one degree of freedom fewer."""
+HAS_VARIANCE = 0.5
+"""Of Pareto's k: below it the weights have a finite variance."""
+HEAVIEST = 0.99
+"""The same, up to which the mean of a tail is taken by its word."""
 MOST_AT_ONCE = 2**24
 """Coordinates of draws that are weighed at a time, if a block has no more."""
 SMALLEST = 2.0**-33
@@ -63,8 +70,15 @@ class Weighed:
 
     @functools.cached_property
     def std_error(self) -> float:
-        """Of `value`, from the spread of the blocks."""
-        return relative_error(np.mean(self.relative, axis=1))
+        """Of `value`, from the spread of the blocks, which without a variance of the weights is not all."""
+        spread = relative_error(np.mean(self.relative, axis=1))
+        return math.hypot(spread, self.unseen) if self.pareto_k > HAS_VARIANCE else spread
+
+    @property
+    def unseen(self) -> float:
+        """What weights beyond the largest of the draws add to Z, over Z, by their Pareto tail."""
+        beyond = 1 / (1 - min(max(self.pareto_k, 0.0), HEAVIEST))  # their mean, over the largest
+        return float(beyond / np.sum(self.relative))
 
     @functools.cached_property
     def effective_share(self) -> float:

@@ -1,0 +1,33 @@
+"""Weights of draws: an error bar that knows of weights which no draw has shown."""
+
+import numpy as np
+import pytest
+
+from ebm_ppl.logz.importance import BLOCKS, Weighed
+
+NUM_RUNS = 1000
+
+
+def weighed(k, seed, per_block=256):
+    """Weights of a Pareto law, whose mean is 1 / (1 - k)."""
+    uniform = np.random.default_rng(seed).random((BLOCKS, per_block))
+    return Weighed(-k * np.log(uniform), 0)
+
+
+@pytest.mark.parametrize("k", [0.3, 0.65])
+def test_two_standard_errors_cover_the_truth(k):
+    """With a variance and without."""
+    found = [weighed(k, seed) for seed in range(NUM_RUNS)]
+    errors = np.array([each.value + np.log1p(-k) for each in found])
+    covered = np.mean(np.abs(errors) < 2 * np.array([each.std_error for each in found]))
+    assert covered > 0.9 - 3 * np.sqrt(0.9 * 0.1 / NUM_RUNS)
+
+
+def test_unseen_weights_are_those_beyond_the_largest():
+    """Of a Pareto law their mean is w / (1 - k) beyond w, and one draw in N has one."""
+    for k, seed in ((0.3, 0), (0.65, 1)):
+        found = weighed(k, seed, per_block=4096)
+        largest, num = np.exp(np.max(found.log_weight)), found.num
+        beyond = largest ** (-1 / k) * largest / (1 - k)  # E[w; w > largest], exactly
+        one_in_num = beyond / (num * largest ** (-1 / k))
+        assert found.unseen == pytest.approx(one_in_num / np.exp(found.value), rel=0.35)  # as well as k is known
