@@ -117,6 +117,7 @@ def test_bounds_bracket_the_truth(exact):
     assert np.mean([each.std_error for each in found]) < one.std_error  # two directions are better than one
 
 
+@pytest.mark.slow
 def test_starts_that_descend_from_few_draws_are_not_independent():
     """How many particles of a run of SMC lie in each of two modes is up to their few ancestors."""
 
@@ -162,6 +163,7 @@ def test_exact_draws_are_refused_where_the_evidence_is_a_difference():
         ebm.BDMC(exact=exact_regression).integrate(jax.random.key(0), target)
 
 
+@pytest.mark.slow
 def test_exact_draws_of_another_shape_or_without_mass():
     target = PROBLEMS["regression"].target()
     with pytest.raises(ebm.EnergyError, match=r"shape \(4,\); got \(2,\)"):

@@ -102,6 +102,7 @@ def test_points_with_a_nan_energy_have_no_mass_and_are_counted():
     assert abs(found.value + np.log(2)) < LIMIT * found.std_error and found.num_nan > 500
 
 
+@pytest.mark.slow
 def test_chains_that_miss_a_part_of_the_posterior_are_a_doubt():
     """No chain sees the neck of the funnel: the answer is wrong, and says so."""
     with pytest.warns(ebm.EnergyWarning, match="diverged|chains disagree"):

@@ -160,6 +160,7 @@ def test_no_second_opinion_beyond_the_budget(monkeypatch):
     assert found.value == -5.0 and found.doubts[0] == "heavy tails" and "used up" in found.doubts[1]
 
 
+@pytest.mark.slow
 def test_default_of_log_z():
     problem = PROBLEMS["regression"]
     found = ebm.log_z(jax.random.key(0), problem.target())

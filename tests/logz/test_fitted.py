@@ -78,6 +78,7 @@ def test_draws_weighed_a_block_at_a_time_are_the_same(monkeypatch):
     assert in_blocks.num_evaluations == at_once.num_evaluations
 
 
+@pytest.mark.slow
 def test_heavy_tails_are_left_to_smc(monkeypatch):
     """No weights are good enough here, so that every run goes on from its fitted reference."""
     monkeypatch.setattr("ebm_ppl.logz.fitted.LARGEST_K", -10.0)

@@ -73,6 +73,7 @@ def test_a_density_without_a_mode_has_none():
     assert found.z.shape == (0, 2) and found.log_mass.shape == (0,)
 
 
+@pytest.mark.slow
 def test_a_spike_that_no_particle_meets_is_found():
     """Skilling's spike and slab: 100 parts to 1 lie where tempering meets them by luck alone."""
 

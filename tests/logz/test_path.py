@@ -128,6 +128,7 @@ def test_hard_constraint(method):
     assert 0.01 < found.std_error < 0.1 and found.num_nan == 0
 
 
+@pytest.mark.slow
 def test_points_with_a_nan_energy_have_no_mass_and_are_counted():
     with pytest.warns(ebm.EnergyWarning, match="was NaN"):
         found = ebm.log_z(jax.random.key(0), NAN, small(ebm.MBAR))

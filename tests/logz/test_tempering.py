@@ -74,6 +74,7 @@ def _far_modes():
     ebm.energy_factor("modes", -jnp.logaddexp(jnp.log(0.2) + parts[0], jnp.log(0.8) + parts[1]), role="loss")
 
 
+@pytest.mark.slow
 def test_weights_of_modes_between_which_plain_chains_do_not_pass():
     target = ebm.target(_far_modes)
     chains = ebm.sample(KEY, target, ebm.NUTS(), num_samples=500, progress_bar=False)
