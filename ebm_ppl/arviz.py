@@ -147,13 +147,9 @@ def _read_off(z: Array, target: Target, log_likelihood: bool) -> tuple[dict, dic
     return jax.vmap(one)(z)
 
 
-def observed_data(target: Target) -> dict[str, np.ndarray]:
-    """Values of the observed sites."""
-    return {name: value for name, (value, _) in _observations(target).items()}
-
-
 def _observations(target: Target) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    return jax.device_get(_compiled_observations(target))
+    """Observed values, and how much each of their elements counts."""
+    return jax.device_get(_compiled_observations(target)) if target.spec.observed else {}
 
 
 @eqx.filter_jit

@@ -16,7 +16,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,8 +35,6 @@ FLAT = 1e-3
 """Norm of the gradient in whitened coordinates, in nats, at which an ascent has arrived."""
 SAME = 0.3
 """Distance of two modes, for each dimension, in standard deviations of one of them, within which they are the same."""
-
-
 FAR = 2.0
 """Such a distance of a mode from the nearest of many points, beyond which they have not been there; draws are at 1."""
 
@@ -106,11 +103,8 @@ def find_modes(
 
 def unvisited(modes: Modes, z: np.ndarray) -> float:
     """log of the mass of the normal distributions at modes that none of the points, shape (num, dim), is near."""
-    distances = [
-        np.min(np.linalg.norm((z - mode) @ inverse.T, axis=1)) / math.sqrt(z.shape[1])
-        for mode, inverse in zip(modes.z, np.asarray(modes.scale.inverse), strict=True)
-    ]
-    return float(np.logaddexp.reduce(modes.log_mass[np.array(distances, float) > FAR], initial=-np.inf))
+    is_far = [np.min(_distance(z, mode.z, mode.scale)) > FAR for mode in _listed(modes)]
+    return float(np.logaddexp.reduce(modes.log_mass[np.array(is_far, bool)], initial=-np.inf))
 
 
 def spread_of(starts: np.ndarray) -> np.ndarray:
@@ -123,9 +117,9 @@ def _listed(modes: Modes) -> list[Modes]:
     return [jax.tree.map(lambda x, i=i: np.array(x[i]), modes) for i in range(len(modes.hits))]
 
 
-def _distance(z: np.ndarray, mode: np.ndarray, scale: DenseScale) -> float:
-    """For each dimension, in standard deviations of the mode."""
-    return float(np.linalg.norm(np.asarray(scale.inverse) @ (z - mode)) / np.sqrt(len(z)))
+def _distance(z: np.ndarray, mode: np.ndarray, scale: DenseScale) -> np.ndarray:
+    """Of a point or of several, shape (..., dim), for each dimension, in standard deviations of the mode."""
+    return np.linalg.norm((z - mode) @ np.asarray(scale.inverse).T, axis=-1) / np.sqrt(len(mode))
 
 
 def _ascend(start: Array, target: Tilted, deviation: Array) -> tuple[Array, Array, Array, Array]:
