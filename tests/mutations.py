@@ -530,6 +530,13 @@ MUTATIONS = (
         ("logz/test_importance.py::test_two_standard_errors_cover_the_truth[0.65]",),
     ),
     Mutation(
+        "weights kept by what they are themselves",
+        "logz/fitted.py",
+        "if _can_be_trusted(found.seen) and final.pareto_k <= HEAVIEST:",
+        "if _can_be_trusted(final) and final.pareto_k <= 0.7:",
+        ("logz/test_fitted.py::test_draws_do_not_decide_whether_they_are_kept",),
+    ),
+    Mutation(
         "drift of draws at infinity",
         "smc.py",
         "newest @ jnp.where(newest[:, None] > 0, cloud.z, 0.0)",

@@ -4,11 +4,12 @@
     search      q, fitted to the cloud and to what ascents find beside it (`search.py`)
     estimate    fresh draws of the last q:  Z = E_q[w]  (`importance.py`)
 
-The weights are looked at before they are believed: where their tail is heavier than a mean bears (Pareto k over
-`LARGEST_K`; over `HAS_VARIANCE` where few draws count), SMC goes the rest of the way from q to the posterior, on a path
-that is short now (from the model's own reference, where q describes next to nothing). What the pilot says of log Z is a
-second opinion: one that contradicts the estimate is a doubt, unless weights that behave have found more than the pilot
-saw.
+Weights are looked at before they are believed, those of the draws that showed how well q fits: where their tail is
+heavier than a mean bears (Pareto k over `LARGEST_K_OF_FEW`; over `HAS_VARIANCE` where few draws count), SMC goes the
+rest of the way from q to the posterior, on a path that is short now (from the model's own reference, where q describes
+next to nothing). The draws of the estimate have next to no say in whether they are kept (Pareto k up to `HEAVIEST`):
+those that look well are those without a large weight, which are too low. What the pilot says of log Z is a second
+opinion: one that contradicts the estimate is a doubt, unless weights that behave have found more than the pilot saw.
 
 References:
     Cappe, Douc, Guillin, Marin and Robert (2008), Adaptive importance sampling in general mixture classes; Owen (1997),
@@ -28,10 +29,10 @@ import numpy as np
 from blackjax.smc.resampling import systematic
 
 from ebm_ppl import smc
-from ebm_ppl.logz.importance import BLOCKS, HAS_VARIANCE, Weighed, weigh
-from ebm_ppl.logz.integral import CONTRADICTION, FEW, LARGEST_K, Integral, Opinion, opinion_of
+from ebm_ppl.logz.importance import BLOCKS, HAS_VARIANCE, HEAVIEST, Weighed, weigh
+from ebm_ppl.logz.integral import CONTRADICTION, FEW, Integral, Opinion, opinion_of
 from ebm_ppl.logz.nested import NestedSampling
-from ebm_ppl.logz.search import Effort, find_reference
+from ebm_ppl.logz.search import Effort, Search, find_reference
 from ebm_ppl.rebase import Rebased
 from ebm_ppl.smc import SMC, lags
 from ebm_ppl.target import Tilted
@@ -43,6 +44,8 @@ SHORT_PATH = "SMC from the fitted reference"
 """The branch of weights that are heavy in their far tail only, or everywhere."""
 CLOUD = 2000
 """Points that are fitted of a pilot of nested sampling."""
+LARGEST_K_OF_FEW = 0.85
+"""Of Pareto's k, as draws show it by which a fit is judged: `LARGEST_K`, and a standard error of theirs."""
 FAIR_SHARE = 0.1
 """Effective share of the draws below which a heavy tail may not have shown itself."""
 SMALL_SHARE = 0.01
@@ -105,7 +108,7 @@ class FittedReference:
         share = max(found.seen.effective_share, final.effective_share)
         near = found.reference if share >= SMALL_SHARE else None
         try:
-            estimate, branch, more = self._estimate(key_path, target, pilot, near, final)
+            estimate, branch, more = self._estimate(key_path, target, pilot, found, near, final)
             failed = ()
         except NonFiniteEnergyError:  # infinite density: there is no log Z, whatever the draws say
             raise
@@ -124,6 +127,7 @@ class FittedReference:
             diagnostics={
                 "branch": branch,
                 "pareto_k": final.pareto_k,
+                "pareto_k_of_fit": found.seen.pareto_k,
                 "effective_share": final.effective_share,
                 "fit": found.seen.effective_share,
                 "pilot": opinion.value,
@@ -131,24 +135,24 @@ class FittedReference:
         )
 
     def _estimate(
-        self, key: PRNGKey, target: Tilted, pilot: Pilot, near: Rebased | None, final: Weighed
+        self, key: PRNGKey, target: Tilted, pilot: Pilot, found: Search, near: Rebased | None, final: Weighed
     ) -> tuple[Opinion, str, float]:
         """The answer, the branch that it comes from, and the evaluations that it took beyond the draws."""
-        if _can_be_trusted(final):
+        if _can_be_trusted(found.seen) and final.pareto_k <= HEAVIEST:  # else they have no mean at all
             return _by_weights(final)
         if isinstance(self.pilot, NestedSampling):
             return pilot.opinion, "the pilot", 0.0
-        found = opinion_of(smc.run(key, near or target, self.fallback, progress_bar=False))
-        return found, SHORT_PATH if near else "SMC from the own reference", found.num_evaluations
+        opinion = opinion_of(smc.run(key, near or target, self.fallback, progress_bar=False))
+        return opinion, SHORT_PATH if near else "SMC from the own reference", opinion.num_evaluations
 
 
 def _by_weights(final: Weighed) -> tuple[Opinion, str, float]:
     return Opinion(final.value, final.std_error, 0.0, 0.0, 0), IMPORTANCE, 0.0
 
 
-def _can_be_trusted(final: Weighed) -> bool:
-    """Whether the mean of the weights has settled; where few of the draws count, whether they have a variance too."""
-    return final.pareto_k <= (LARGEST_K if final.effective_share >= FAIR_SHARE else HAS_VARIANCE)
+def _can_be_trusted(seen: Weighed) -> bool:
+    """Whether the mean of such weights settles; where few of the draws count, whether they have a variance too."""
+    return seen.pareto_k <= (LARGEST_K_OF_FEW if seen.effective_share >= FAIR_SHARE else HAS_VARIANCE)
 
 
 class Pilot(NamedTuple):

@@ -12,8 +12,10 @@ from limits import chi2_limits, t_limit
 from problems import FUNNEL_IN_A_BOX, PROBLEMS, funnel_in_a_box
 
 import ebm_ppl as ebm
-from ebm_ppl.logz.fitted import HAS_VARIANCE, IMPORTANCE, LARGEST_K
-from ebm_ppl.logz.importance import BLOCKS
+from ebm_ppl.logz import fitted
+from ebm_ppl.logz.fitted import HAS_VARIANCE, IMPORTANCE, LARGEST_K_OF_FEW
+from ebm_ppl.logz.importance import BLOCKS, Weighed, weigh
+from ebm_ppl.logz.integral import LARGEST_K
 
 NUM_RUNS = 12
 SMALL = ebm.SMC(num_particles=300, target_ess=0.5, num_moves=2)
@@ -40,8 +42,8 @@ def test_estimate_and_its_error(name):
     assert np.max(np.abs(scores)) < LIMIT
     assert np.mean(np.abs(scores) < 2) > 0.6  # 94 % are expected; a right answer fails in one of 3000 suites
     for each in found:
-        k = each.diagnostics["pareto_k"]
-        assert k <= LARGEST_K if each.diagnostics["branch"] == IMPORTANCE else k > HAS_VARIANCE
+        k = each.diagnostics["pareto_k_of_fit"]
+        assert k <= LARGEST_K_OF_FEW if each.diagnostics["branch"] == IMPORTANCE else k > HAS_VARIANCE
         assert each.num_evaluations > 2 * 1024 and "log Z" in each.story[-1] and not each.doubts
     weighed = [each for each in found if each.diagnostics["branch"] == IMPORTANCE]
     assert len(weighed) > NUM_RUNS / 2 and max(each.std_error for each in weighed) < 0.015
@@ -81,16 +83,29 @@ def test_draws_weighed_a_block_at_a_time_are_the_same(monkeypatch):
 @pytest.mark.slow
 def test_heavy_tails_are_left_to_smc(monkeypatch):
     """No weights are good enough here, so that every run goes on from its fitted reference."""
-    monkeypatch.setattr("ebm_ppl.logz.fitted.LARGEST_K", -10.0)
+    monkeypatch.setattr("ebm_ppl.logz.fitted.LARGEST_K_OF_FEW", -10.0)
     found, scores = runs("regression", small(tol=0.05, fallback=SMALL))
     low, high = chi2_limits(1, NUM_RUNS)
     assert low < np.sum(scores**2) < high
     assert {each.diagnostics["branch"] for each in found} == {"SMC from the fitted reference"}
 
 
+def test_draws_do_not_decide_whether_they_are_kept(monkeypatch):
+    """Their weights have a heavy tail, those that judged the fit had not: a wide error bar, no other branch."""
+
+    def with_heavy_tail(*arguments):
+        uniform = np.random.default_rng(0).random(weigh(*arguments).log_weight.shape)
+        return Weighed(np.log(0.2) - 0.8 * np.log(uniform), 0)  # of mean 1
+
+    monkeypatch.setattr(fitted, "weigh", with_heavy_tail)
+    found = small().integrate(jax.random.key(0), PROBLEMS["regression"].target())
+    assert found.diagnostics["branch"] == IMPORTANCE and found.diagnostics["pareto_k"] > LARGEST_K
+    assert abs(found.value) < 2 * found.std_error and found.std_error > 0.02
+
+
 def test_weights_are_kept_where_smc_fails(monkeypatch):
     """No weights are good enough here, and SMC never comes to an end."""
-    monkeypatch.setattr("ebm_ppl.logz.fitted.LARGEST_K", -10.0)
+    monkeypatch.setattr("ebm_ppl.logz.fitted.LARGEST_K_OF_FEW", -10.0)
     found = small(fallback=dataclasses.replace(SMALL, max_stages=1, target_ess=0.99999)).integrate(
         jax.random.key(0), PROBLEMS["regression"].target()
     )
