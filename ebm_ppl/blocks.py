@@ -105,6 +105,10 @@ class Arriving(eqx.Module):
         return self.target.site_numbers
 
     @property
+    def is_logistic(self) -> np.ndarray:
+        return self.target.is_logistic
+
+    @property
     def is_hierarchical(self) -> bool:
         return self.target.is_hierarchical
 

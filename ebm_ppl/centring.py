@@ -5,6 +5,9 @@
     z_j = m_j + u_j                         drivers, leaders, and what nothing drives
     log |dz/du| = sum_i a_i s
 
+A driver with two bounds, a log scale that is uniform between them, say, has a logistic coordinate: there scales may
+follow its value instead, s = logistic(z_j) - logistic(m_j), which ends where its coordinate goes on.
+
 A random effect whose scale is a parameter has a posterior like a funnel: no one step size and no metric suits its neck
 and its mouth, and a chain crosses it slowly. Non-centring by hand moves that dependence out of the prior and, where the
 data are strong, into the likelihood; here location and scale of each coordinate given its driver are read off draws of
@@ -35,6 +38,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import expit
+from scipy.special import expit as expit_on_host
 
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array
@@ -76,6 +81,8 @@ class Centring(eqx.Module):
     """c; like the next zero where nothing drives."""
     slope: Array
     """a"""
+    is_bent: Array | None = None
+    """Whether what each coordinate drives follows its logistic function; None where none does, (dim,)."""
 
     @classmethod
     def identity(cls, dim: int, *batch: int) -> Centring:
@@ -100,7 +107,11 @@ class Centring(eqx.Module):
 
         The scale is bounded, so that nothing overflows where a trajectory diverges; it is a bijection all the same.
         """
-        return self.follow * u[self.leader], jnp.clip(self.slope * u[self.driver], -LARGEST, LARGEST)
+        s = u[self.driver]
+        if self.is_bent is not None:
+            m = self.mean[self.driver]
+            s = jnp.where(self.is_bent[self.driver], expit(m + s) - expit(m), s)
+        return self.follow * u[self.leader], jnp.clip(self.slope * s, -LARGEST, LARGEST)
 
     def pull(self, u: Array, gradient: Array) -> Array:
         """The gradient in u of a density of u, from that in z of the same as a density of z."""
@@ -140,12 +151,15 @@ def alike(centrings: list[Centring | None]) -> list[Centring | None]:
     return [identity if centring is None else centring for centring in centrings]
 
 
-def learn_centring(first: np.ndarray, second: np.ndarray, sites: np.ndarray) -> Centring | None:
+def learn_centring(
+    first: np.ndarray, second: np.ndarray, sites: np.ndarray, is_logistic: np.ndarray | None = None
+) -> Centring | None:
     """The map that two halves of the draws agree upon, or None where there is none; on the host.
 
     Args:
         first, second: draws, each of shape (num, dim).
         sites: number of the site that each coordinate belongs to, (dim,).
+        is_logistic: of which coordinates the logistic function, too, is to be tried as what scales follow, (dim,).
     """
     first, second = (half[np.all(np.isfinite(half), axis=1)] for half in (first, second))
     pooled = np.concatenate([first, second]).astype(float)
@@ -155,22 +169,30 @@ def learn_centring(first: np.ndarray, second: np.ndarray, sites: np.ndarray) -> 
     mean, deviation = np.mean(pooled, axis=0), np.std(pooled, axis=0)
     if not np.all(np.isfinite(deviation) & (deviation > 0)):
         return None
-    one, other = (first - mean) / deviation, (second - mean) / deviation
+    x = (pooled - mean) / deviation
+    one, other = x[: len(first)], x[len(first) :]
     driver = _drivers(_slopes(one), _slopes(other), num, sites)
     driven = driver != np.arange(dim)
     if not np.any(driven):
         return None
-    leader, follow, slope = np.arange(dim), np.zeros(dim), np.zeros(dim)
+    leader, follow, slope, is_bent = np.arange(dim), np.zeros(dim), np.zeros(dim), np.zeros(dim, bool)
     for j in np.unique(driver[driven]):
         here = driven & (driver == j)
         free = np.flatnonzero(~driven)
-        given = _conditional(one, other, j, here, free, sites[here])
-        leader[here], slope[here] = given.leader, given.slope
+        given, width = _conditional(one, other, j, x[:, j], here, free, sites[here]), deviation[j]
+        if is_logistic is not None and is_logistic[j]:
+            value = expit_on_host(pooled[:, j])
+            s = (value - np.mean(value)) / np.std(value)
+            by_value = _conditional(one, other, j, s, here, free, sites[here])
+            if by_value.unexplained < given.unexplained:
+                given, width, is_bent[j] = by_value, np.std(value), True
+        leader[here], slope[here] = given.leader, given.slope / width
         constant, follow[here] = given.location.T
         mean[here] += constant * deviation[here]
-    numbers = mean, follow * deviation / deviation[leader], slope / deviation[driver]
+    numbers = mean, follow * deviation / deviation[leader], slope
     indices: Any = (x.astype(jnp.result_type(int)) for x in (driver, leader))
-    return Centring(*indices, *(x.astype(first.dtype) for x in numbers))
+    bent: Any = is_bent if np.any(is_bent) else None
+    return Centring(*indices, *(x.astype(first.dtype) for x in numbers), is_bent=bent)
 
 
 def _slopes(x: np.ndarray) -> np.ndarray:
@@ -222,19 +244,27 @@ class Conditional(NamedTuple):
     """Constant, and coefficient of the leader, (driven, 2)."""
     slope: np.ndarray
     """Of log size over the driver, (driven,)."""
+    unexplained: float
+    """Variance of log size that the slopes leave, added up over the driven coordinates."""
 
 
 def _conditional(
-    first: np.ndarray, second: np.ndarray, j: int, driven: np.ndarray, free: np.ndarray, sites: np.ndarray
+    first: np.ndarray,
+    second: np.ndarray,
+    j: int,
+    s: np.ndarray,
+    driven: np.ndarray,
+    free: np.ndarray,
+    sites: np.ndarray,
 ) -> Conditional:
-    """Location of the driven coordinates given a leader, and slopes of their log size over x_j.
+    """Location of the driven coordinates given a leader, and slopes of their log size over s, which stands for x_j.
 
     A mean that moves with the driver is taken out where sizes are measured, and left out of the map: along its line the
     neck of a funnel, far from most of the draws, would be bent away from where it is. For the same reason the location
     is found where the scale is small, by weights exp(-2 a s).
     """
     x = np.concatenate([first, second])
-    s, y = x[:, j], x[:, driven]
+    x[:, j], y = s, x[:, driven]
     which, led = _leaders(s, y, x[:, free])
     leader = np.where(led, free[which], j)
     design = np.stack([np.ones_like(y), x[:, leader] * led, np.broadcast_to(s[:, None], y.shape)], axis=-1)
@@ -250,7 +280,8 @@ def _conditional(
         log_size = _log_size(y - np.einsum("nij,ij->ni", design, location(3)))
         slopes = [_slope(s[half], log_size[half])[:, None] for half in halves]
         slope = _agreed(slopes, groups, LOG_NORMAL_VARIANCE / len(x))[:, 0]
-    return Conditional(leader, location(2), slope)
+    unexplained = float(np.sum(np.var(log_size - s[:, None] * slope, axis=0)))
+    return Conditional(leader, location(2), slope, unexplained)
 
 
 def _regressed(design: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:

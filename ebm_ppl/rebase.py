@@ -52,6 +52,10 @@ class Joint(eqx.Module):
         return self.target.site_numbers
 
     @property
+    def is_logistic(self) -> np.ndarray:
+        return self.target.is_logistic
+
+    @property
     def is_hierarchical(self) -> bool:
         return self.target.is_hierarchical
 

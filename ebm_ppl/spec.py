@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from numpyro.distributions import constraints
 from numpyro.distributions.transforms import biject_to
 from numpyro.distributions.util import is_identically_one
 from numpyro.handlers import seed, substitute, trace
@@ -51,6 +52,8 @@ class Spec:
     observed: tuple[str, ...]
     discrete: tuple[str, ...]
     """Discrete latent sites, summed out by enumeration."""
+    intervals: frozenset[str]
+    """Latent sites whose values lie between two bounds, at a place that is logistic in their coordinates."""
     jacobians: frozenset[str]
     dims: tuple[tuple[str, tuple[str | None, ...]], ...]
     """Names of the plates along the dimensions of each site's value."""
@@ -75,6 +78,11 @@ class Spec:
     def site_numbers(self) -> np.ndarray:
         """Which of the latents each coordinate belongs to, shape (dim,)."""
         return np.repeat(np.arange(len(self.latents)), [math.prod(shape) for _, shape in self.latents])
+
+    @property
+    def is_logistic(self) -> np.ndarray:
+        """Whether each coordinate is that of a site with two bounds, shape (dim,)."""
+        return np.array([name in self.intervals for name, _ in self.latents], bool)[self.site_numbers]
 
 
 def variable(name: str) -> str:
@@ -131,7 +139,7 @@ def _describe(recorded: Trace) -> dict[str, Any]:
     _check_names(recorded)
     latents, discrete, observed, dims = [], [], [], {}
     roles: list[tuple[str, Role]] = []
-    normalized, ignored, no_reference, unknown_constant, partitions = set(), [], [], [], []
+    normalized, intervals, ignored, no_reference, unknown_constant, partitions = set(), set(), [], [], [], []
     for name, site in recorded.items():
         if site["type"] == "plate" and _is_subsampled(site):
             size, subsample_size = site["args"]
@@ -166,6 +174,7 @@ def _describe(recorded: Trace) -> dict[str, Any]:
         else:
             _check_latent(name, fn)
             latents.append(name)
+            intervals |= {name} if _is_interval(fn.support) else set()
             dims[name] = _dim_names(site, jnp.ndim(site["value"]))
         if tilts:
             roles.append((name, "prior"))
@@ -180,6 +189,7 @@ def _describe(recorded: Trace) -> dict[str, Any]:
         "dims": tuple(dims.items()),
         "plate_depth": _guess_max_plate_nesting(recorded),
         "normalized": frozenset(normalized),
+        "intervals": frozenset(intervals),
         "ignored": tuple(ignored),
         "no_reference": tuple(no_reference),
         "unknown_constant": tuple(name for name in unknown_constant if name not in ignored),
@@ -237,6 +247,13 @@ def _check_enumerable(name: str, site: dict[str, Any]) -> None:
         raise EnergyError(
             f"Discrete latent site '{name}' is summed out by enumeration, which needs the package funsor."
         ) from error
+
+
+def _is_interval(support: Any) -> bool:
+    """Whether `biject_to` takes a logistic function of each coordinate for this support."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return isinstance(support, constraints.interval)
 
 
 def _check_latent(name: str, fn: dist.Distribution) -> None:

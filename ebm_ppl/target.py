@@ -57,6 +57,9 @@ class Tilted(Protocol):
     def site_numbers(self) -> np.ndarray: ...
 
     @property
+    def is_logistic(self) -> np.ndarray: ...
+
+    @property
     def is_hierarchical(self) -> bool: ...
 
     def require_tractable(self) -> None: ...
@@ -92,6 +95,11 @@ class Target(eqx.Module):
     def site_numbers(self) -> np.ndarray:
         """Which of `latent_names` each coordinate of z belongs to, shape (dim,)."""
         return self.spec.site_numbers
+
+    @property
+    def is_logistic(self) -> np.ndarray:
+        """Whether each coordinate of z is that of a site with two bounds, shape (dim,)."""
+        return self.spec.is_logistic
 
     @property
     def is_hierarchical(self) -> bool:

@@ -537,6 +537,20 @@ MUTATIONS = (
         ("logz/test_fitted.py::test_draws_do_not_decide_whether_they_are_kept",),
     ),
     Mutation(
+        "scales that follow the coordinate of a value with bounds",
+        "centring.py",
+        "if by_value.unexplained < given.unexplained:",
+        "if by_value.unexplained < 0:",
+        ("test_centring.py::test_a_scale_between_bounds_follows_its_value_and_not_its_coordinate",),
+    ),
+    Mutation(
+        "Jacobian of a logistic scale",
+        "centring.py",
+        "return self.mean + location + jnp.exp(log_scale) * u, jnp.sum(log_scale)",
+        "return self.mean + location + jnp.exp(log_scale) * u, jnp.sum(self.slope * u[self.driver])",
+        ("test_centring.py::test_a_logistic_map_is_a_bijection_with_the_jacobian_that_it_states",),
+    ),
+    Mutation(
         "drift of draws at infinity",
         "smc.py",
         "newest @ jnp.where(newest[:, None] > 0, cloud.z, 0.0)",

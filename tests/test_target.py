@@ -13,6 +13,7 @@ import numpyro.distributions as dist
 import pytest
 import scipy.stats as st
 from cases import CASES, NO_REFERENCE, Y, constrained, keywords, made, observe, quartic, rough
+from jax.scipy.special import expit
 from limits import FAMILY_WISE, z_limit
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import initialize_model, potential_energy
@@ -69,6 +70,27 @@ HIERARCHICAL = [
 @pytest.mark.parametrize("name", CASES)
 def test_a_model_is_hierarchical_where_the_prior_of_a_site_depends_on_another(name):
     assert made(name).is_hierarchical == (name in HIERARCHICAL)
+
+
+def test_coordinates_of_values_between_bounds_are_logistic():
+    def model():
+        numpyro.sample("share", dist.Beta(2.0, 3.0))
+        top = numpyro.sample("top", dist.HalfNormal(1.0))
+        numpyro.sample("below", dist.Uniform(-1.0, top).expand([2]).to_event(1))
+        with numpyro.plate("group", 2):
+            numpyro.sample("within", dist.Uniform(-5.0, 5.0))
+        numpyro.sample("simplex", dist.Dirichlet(jnp.ones(3)))
+        numpyro.sample("free", dist.Normal(0.0, 1.0))
+
+    target = ebm_ppl.target(model)
+    names = np.array(target.latent_names)[target.site_numbers]
+    np.testing.assert_array_equal(target.is_logistic, np.isin(names, ["share", "below", "within"]))
+    z = jax.random.normal(jax.random.key(0), (target.dim,))
+    place = expit(z)
+    values = target.constrain(z)
+    np.testing.assert_allclose(values["share"], place[names == "share"][0])
+    np.testing.assert_allclose(values["below"], -1 + (values["top"] + 1) * place[names == "below"])
+    np.testing.assert_allclose(values["within"], -5 + 10 * place[names == "within"])
 
 
 @pytest.mark.parametrize("name", ["constrained", "dynamic support", "mixture", "tilted in a plate"])

@@ -101,7 +101,7 @@ def find_reference(
     evaluations, num_nan = evaluations + best.num_evaluations, best.num_nan
     if best.seen.effective_share < GOOD_ENOUGH:
         half = len(cloud) // 2
-        centring = learn_centring(cloud[:half], cloud[half:], target.site_numbers)
+        centring = learn_centring(cloud[:half], cloud[half:], target.site_numbers, target.is_logistic)
         if centring is not None:
             story.append("scales that follow other coordinates, so the same where they do not:")
             found = _fits(key_learned, target, cloud, centring, modes, log_z, effort, story)
