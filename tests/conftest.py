@@ -1,4 +1,8 @@
-"""The suite runs in double precision and without a display; `run_in_float32` starts a fresh process in single."""
+"""The suite runs in double precision and without a display; `run_in_float32` starts a fresh process in single.
+
+Most of its time is compilation. So compiled programs are kept on disk (`.jax_cache`, which may be deleted at any time),
+for the other workers, for processes that tests start, and for the next time.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,12 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     # One core for each worker: the thread pools of several XLAs on the same cores wait for one another.
