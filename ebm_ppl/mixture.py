@@ -37,6 +37,11 @@ DEGREES = (3.0, 5.0, 8.0, 15.0, 40.0, 200.0, 2000.0)
 TAILS = 4.0
 """Degrees of freedom of what guards the tails."""
 MOST_COMPONENTS = 64
+FEWEST_PLACES = 4
+"""For components in a program of a fit, of which there is one for each power of two from here on."""
+NOTHING = -1e3
+"""Log weight of a place without a component; a fit leaves it below `NEXT_TO_NOTHING`."""
+NEXT_TO_NOTHING = -50.0
 FAR = 10.0
 """From which on three terms of Stirling's series give the gamma function to 1e-10."""
 POINTS_PER_COMPONENT = 2
@@ -155,7 +160,7 @@ def fit_mixture(key: PRNGKey, z: Array, weights: Array, start: StudentMixture | 
     held_out, most = weights - kept, np.sum(kept) ** 2 / np.sum(kept**2) / (POINTS_PER_COMPONENT * dim)
 
     def improved(starts: StudentMixture, weights: Any, settled: float) -> tuple[StudentMixture, np.ndarray]:
-        """Fits of several mixtures, and how likely each makes the points held out: one program for each size."""
+        """Fits of several mixtures, and how likely each makes the points held out."""
         limit = np.asarray(settled, weights.dtype)
         found = parallel.over(_fit, parallel.split(starts), x, weights / np.sum(weights), held_out, limit)
         return jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(found))
@@ -163,11 +168,12 @@ def fit_mixture(key: PRNGKey, z: Array, weights: Array, start: StudentMixture | 
     best, best_score, num_components = None, -np.inf, 1
     if start is not None:
         begun = _image(start, -np.asarray(scale.inverse) @ np.asarray(mean), scale.inverse, scale.factor)
-        found, scores = improved(_alone(begun), kept, ALMOST_SETTLED)
+        found, scores = improved(_alone(_padded(begun)), kept, ALMOST_SETTLED)
         best, best_score, num_components = _first(found), scores[0], 2 * len(begun.log_weight)
     while best is None or num_components <= min(MOST_COMPONENTS, most):
-        keys = jax.random.split(jax.random.fold_in(key_fit, num_components), RESTARTS if num_components > 1 else 1)
-        starts = parallel.once(_starts, keys, x, kept, num_components)
+        keys = jax.random.split(jax.random.fold_in(key_fit, num_components), RESTARTS)
+        starts = parallel.once(_starts, keys, x, kept, np.asarray(num_components), _places(num_components))
+        starts = _alone(_first(starts)) if num_components == 1 else starts  # there is one place to start from
         found, scores = improved(starts, kept, ALMOST_SETTLED)
         chosen = int(np.argmax(scores))
         gain = scores[chosen] - best_score
@@ -177,7 +183,26 @@ def fit_mixture(key: PRNGKey, z: Array, weights: Array, start: StudentMixture | 
             break
         num_components *= 2
     whole, _ = improved(_alone(best), weights, SETTLED)
-    return jax.tree.map(jnp.asarray, _image(_first(whole), mean, scale.factor, scale.inverse))
+    return jax.tree.map(jnp.asarray, _image(_pruned(_first(whole)), mean, scale.factor, scale.inverse))
+
+
+def _places(num_components: int) -> int:
+    """For so many components."""
+    return max(FEWEST_PLACES, 2 ** math.ceil(math.log2(num_components)))
+
+
+def _padded(mixture: StudentMixture) -> StudentMixture:
+    """With a place for each component that the program of its fit has room for, on the host."""
+    num = len(mixture.log_weight)
+    wider = [(0, _places(num) - num)]
+    filled = jax.tree.map(lambda x: np.pad(x, wider + [(0, 0)] * (x.ndim - 1), mode="edge"), mixture)
+    log_weight = np.pad(mixture.log_weight, wider, constant_values=NOTHING)
+    return eqx.tree_at(lambda mixture: mixture.log_weight, filled, log_weight)
+
+
+def _pruned(mixture: StudentMixture) -> StudentMixture:
+    """Without places that no component has filled, on the host."""
+    return jax.tree.map(lambda x: x[mixture.log_weight > NEXT_TO_NOTHING], mixture)
 
 
 def _whitened(z: Array, weights: Array) -> tuple[Array, Array, DenseScale]:
@@ -221,30 +246,33 @@ def _fit(
     return mixture, held_out @ jax.vmap(mixture.log_density)(x) / jnp.sum(held_out)
 
 
-def _starts(keys: Array, x: Array, weights: Array, num_components: int) -> StudentMixture:
-    return jax.vmap(lambda key: _start(key, x, weights, num_components))(keys)
+def _starts(keys: Array, x: Array, weights: Array, num_components: Array, places: int) -> StudentMixture:
+    return jax.vmap(lambda key: _start(key, x, weights, num_components, places))(keys)
 
 
-def _start(key: PRNGKey, x: Array, weights: Array, num_components: int) -> StudentMixture:
+def _start(key: PRNGKey, x: Array, weights: Array, num_components: Array, places: int) -> StudentMixture:
     """Components at points far from one another, all as wide as points lie apart from the nearest (k-means++)."""
     num, dim = x.shape
+    is_filled = jnp.arange(places) < num_components
 
     def add(nearest: Array, k: Array) -> tuple[Array, Array]:
         centre = x[jax.random.categorical(jax.random.fold_in(key, k), jnp.log(weights * nearest))]
-        return jnp.minimum(nearest, jnp.sum((x - centre) ** 2, axis=1)), centre
+        closer = jnp.minimum(nearest, jnp.sum((x - centre) ** 2, axis=1))
+        return jnp.where(is_filled[k], closer, nearest), centre
 
     far = jnp.full(num, 1e6 * dim, x.dtype)
-    nearest, centres = jax.lax.scan(add, far, jnp.arange(num_components))
-    width = jnp.sqrt(weights @ nearest / dim) if num_components > 1 else jnp.ones((), x.dtype)
-    eye = jnp.broadcast_to(jnp.eye(dim, dtype=x.dtype), (num_components, dim, dim))
-    log_weight = jnp.full(num_components, -math.log(num_components), x.dtype)
-    return StudentMixture(log_weight, centres, eye * width, eye / width, jnp.full(num_components, DEGREES[2], x.dtype))
+    nearest, centres = jax.lax.scan(add, far, jnp.arange(places))
+    width = jnp.where(num_components > 1, jnp.sqrt(weights @ nearest / dim), 1.0)
+    eye = jnp.broadcast_to(jnp.eye(dim, dtype=x.dtype), (places, dim, dim))
+    log_weight = jnp.where(is_filled, -jnp.log(num_components.astype(x.dtype)), NOTHING)
+    return StudentMixture(log_weight, centres, eye * width, eye / width, jnp.full(places, DEGREES[2], x.dtype))
 
 
 def _improve(mixture: StudentMixture, x: Array, weights: Array) -> tuple[StudentMixture, Array]:
     """One round of expectation maximisation, and the mean log density that it started from."""
     dim, least = x.shape[1], jnp.finfo(x.dtype).tiny * 1e3
     distances = jax.vmap(mixture._distances)(x)
+    mixture = _with_best_degrees(mixture, distances, weights)
     log_terms = jax.vmap(mixture._log_terms)(distances)
     log_density = logsumexp(log_terms, axis=1)
     share = jnp.exp(log_terms - log_density[:, None]) * weights[:, None]
@@ -267,12 +295,11 @@ def _improve(mixture: StudentMixture, x: Array, weights: Array) -> tuple[Student
 
     # Component by component: a batch of matrices would not run in threads (`xla.may_run_beside_itself`).
     scales = jax.lax.map(scale, (scatters, mass, points))
-    improved = StudentMixture(jnp.log(mass), mean, scales.factor, scales.inverse, mixture.degrees)
-    return _with_best_degrees(improved, x, weights), weights @ log_density
+    return StudentMixture(jnp.log(mass), mean, scales.factor, scales.inverse, mixture.degrees), weights @ log_density
 
 
-def _with_best_degrees(mixture: StudentMixture, x: Array, weights: Array) -> StudentMixture:
-    distances = jax.vmap(mixture._distances)(x)
+def _with_best_degrees(mixture: StudentMixture, distances: Array, weights: Array) -> StudentMixture:
+    """With the degrees of freedom that make points at these distances, (point, K), most likely."""
 
     def with_degrees(degrees: Array) -> StudentMixture:
         return eqx.tree_at(lambda mixture: mixture.degrees, mixture, jnp.full_like(mixture.degrees, degrees))
@@ -280,5 +307,5 @@ def _with_best_degrees(mixture: StudentMixture, x: Array, weights: Array) -> Stu
     def score(degrees: Array) -> Array:
         return weights @ logsumexp(jax.vmap(with_degrees(degrees)._log_terms)(distances), axis=1)
 
-    degrees = jnp.asarray(DEGREES, x.dtype)
+    degrees = jnp.asarray(DEGREES, distances.dtype)
     return with_degrees(degrees[jnp.argmax(jax.lax.map(score, degrees))])
