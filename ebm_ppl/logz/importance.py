@@ -41,6 +41,8 @@ HAS_VARIANCE = 0.5
 """Of Pareto's k: below it the weights have a finite variance."""
 HEAVIEST = 0.99
 """The same, up to which the mean of a tail is taken by its word."""
+OWN_AT_ONCE = 256
+"""Draws of a target's own reference."""
 MOST_AT_ONCE = 2**24
 """Coordinates of draws that are weighed at a time, if a block has no more."""
 SMALLEST = 2.0**-33
@@ -144,9 +146,10 @@ def _even(seed: int, reference: Rebased, num: int, own: np.ndarray) -> np.ndarra
 
 
 def draw_own(key: PRNGKey, target: Tilted, num: int) -> np.ndarray:
-    """Independent draws of a target's own reference, shape (num, dim)."""
-    parts = parallel.over(_own, parallel.split(jax.random.split(key, num)), target, hurry=True)
-    return np.concatenate(jax.device_get(parts))
+    """Independent draws of a target's own reference, shape (num, dim), by one program for any number of them."""
+    keys = jax.random.split(key, math.ceil(num / OWN_AT_ONCE) * OWN_AT_ONCE).reshape(-1, OWN_AT_ONCE)
+    parts = parallel.over(_own, list(keys), target, hurry=True)
+    return np.concatenate(jax.device_get(parts))[:num]
 
 
 def _own(key: PRNGKey, target: Tilted) -> Array:
