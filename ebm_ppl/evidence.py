@@ -26,13 +26,13 @@ import numpy as np
 
 from ebm_ppl import smc
 from ebm_ppl.logz.consultation import Consultation
-from ebm_ppl.logz.integral import Estimator, OnePoint, imprecise, other_doubts, warn_of
+from ebm_ppl.logz.integral import Estimator, OnePoint, attempt, imprecise, other_doubts, warn_of
 from ebm_ppl.probe import check_tails
 from ebm_ppl.runs import Batch, check_continues, contradiction, estimate, failure, join, of_integrals, of_path
 from ebm_ppl.sharding import Mesh
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target
-from ebm_ppl.typing import Draws, EnergyError, EnergyWarning, LogZ, NonFiniteEnergyError, PRNGKey, as_key, with_error
+from ebm_ppl.typing import Draws, EnergyError, EnergyWarning, LogZ, PRNGKey, as_key, with_error
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -205,13 +205,11 @@ def _stop(
         spent = found.diagnostics["num_evaluations"]
         if spent * (1 + num_runs / len(found.replicates)) > most:
             break
-        try:
-            found = next(stream)
-        except NonFiniteEnergyError:  # infinite density: there is no log Z, whatever the runs before say
-            raise
-        except EnergyError as error:
-            found = dataclasses.replace(found, doubts=(*found.doubts, failure(error)))
+        more = attempt(lambda: next(stream))
+        if isinstance(more, EnergyError):
+            found = dataclasses.replace(found, doubts=(*found.doubts, failure(more)))
             break
+        found = more
     doubts = other_doubts(found.doubts)
     if tol is not None and not (at_doubts and doubts):
         needed = found.diagnostics["num_evaluations"] * (found.std_error / tol) ** 2

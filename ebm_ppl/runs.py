@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebm_ppl.arviz import data_id, model_id
-from ebm_ppl.logz.integral import CONTRADICTION, Estimator, Integral, other_doubts
+from ebm_ppl.logz.integral import CONTRADICTION, Estimator, Integral, attempt, other_doubts
 from ebm_ppl.smc import lagging
 from ebm_ppl.stages import final_values
 from ebm_ppl.target import Target
@@ -30,7 +30,6 @@ from ebm_ppl.typing import (
     EnergyError,
     IncomparableError,
     LogZ,
-    NonFiniteEnergyError,
     PRNGKey,
     log_mean,
     pooled,
@@ -73,15 +72,13 @@ def of_integrals(key: PRNGKey, target: Target, method: Estimator, numbers: range
     together: list[tuple[Integral, ...]] = []
     failed: tuple[str, ...] = ()
     for number in numbers:
-        try:
-            together.append(tuple(_integrals(key, stages, method, number)))
-        except NonFiniteEnergyError:  # infinite density: there is no log Z, whatever the others say
-            raise
-        except EnergyError as error:
+        run = attempt(lambda number=number: tuple(_integrals(key, stages, method, number)))
+        if isinstance(run, EnergyError):
             if not together:
-                raise
-            failed = (failure(error),)
+                raise run
+            failed = (failure(run),)
             break
+        together.append(run)
     found = {stage: [run[i] for run in together] for i, stage in enumerate(stages)}
     both = len(stages) > 1
     where = [f"{stage}: " if both else "" for stage in stages]

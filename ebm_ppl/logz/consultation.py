@@ -23,13 +23,13 @@ import math
 import jax
 
 from ebm_ppl.logz.fitted import IMPORTANCE, SHORT_PATH, FittedReference
-from ebm_ppl.logz.integral import CONTRADICTION, Integral, imprecise, opinion_of
+from ebm_ppl.logz.integral import CONTRADICTION, Integral, attempt, imprecise, opinion_of
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.search import GOOD_ENOUGH
 from ebm_ppl.rebase import Joint
 from ebm_ppl.smc import SMC, lagging, run
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import EnergyError, NonFiniteEnergyError, PRNGKey, with_error
+from ebm_ppl.typing import EnergyError, PRNGKey, with_error
 
 MOST_COORDINATES = 40
 """Of a target for nested sampling, each of whose births costs some slices along every coordinate."""
@@ -67,25 +67,19 @@ class Consultation:
     def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
         """log Z of all energies of a target at once, with the story of how it was reached."""
         key_first, key_second = jax.random.split(key)
-        try:
-            first = _doubted(self.first.integrate(key_first, target))
-        except NonFiniteEnergyError:  # infinite density: there is no log Z, whatever another opinion would be
-            raise
-        except EnergyError as error:
-            return self._alone(key_second, target, error)
+        first = attempt(lambda: _doubted(self.first.integrate(key_first, target)))
+        if isinstance(first, EnergyError):
+            return self._alone(key_second, target, first)
         if not first.doubts and first.std_error <= self.tol:
             return dataclasses.replace(first, story=(*first.story, "clean: no second opinion is needed"))
         story = (*first.story, *(f"not clean: {doubt}" for doubt in first.doubts))
-        try:
-            if first.doubts:
-                second = self._second(key_second, target, self.budget - first.num_evaluations)
-            else:
-                second = self._again(key_second, target, first)
-        except NonFiniteEnergyError:
-            raise
-        except EnergyError as error:
-            doubt = f"There is no second opinion to settle the doubts about the first: {error}"
-            told = f"no second opinion (what it took until it failed, if anything, is not counted: {error})"
+        if first.doubts:
+            second = attempt(lambda: self._second(key_second, target, self.budget - first.num_evaluations))
+        else:
+            second = attempt(lambda: self._again(key_second, target, first))
+        if isinstance(second, EnergyError):
+            doubt = f"There is no second opinion to settle the doubts about the first: {second}"
+            told = f"no second opinion (what it took until it failed, if anything, is not counted: {second})"
             doubts = (*first.doubts, doubt) if first.doubts else imprecise(first.std_error, self.tol)
             return dataclasses.replace(first, story=(*story, told), doubts=doubts)
         answer, why = _answer(first, second)
@@ -100,12 +94,9 @@ class Consultation:
 
     def _alone(self, key: PRNGKey, target: Tilted, error: EnergyError) -> Integral:
         """The second opinion, where the first ended in an error: raised again if there is no second either."""
-        try:
-            second = self._second(key, target, self.budget)
-        except NonFiniteEnergyError:
-            raise
-        except EnergyError as another:
-            raise error from another
+        second = attempt(lambda: self._second(key, target, self.budget))
+        if isinstance(second, EnergyError):
+            raise error from second
         told = f"no first opinion (what it took until it failed is not counted: {error})"
         doubts = second.doubts or imprecise(second.std_error, self.tol)
         return dataclasses.replace(second, story=(told, *second.story), doubts=doubts)
@@ -128,12 +119,9 @@ class Consultation:
         larger = min((second.std_error / self.tol) ** 2 * MARGIN, MOST_LARGER)
         if second.doubts or second.std_error <= self.tol or not second.num_evaluations * (1 + larger) <= budget:
             return second
-        try:
-            again = ask(key_again, target, larger)
-        except NonFiniteEnergyError:
-            raise
-        except EnergyError as error:
-            told = f"{larger:.1f} times larger for the error wanted it failed, at a cost that is not counted: {error}"
+        again = attempt(lambda: ask(key_again, target, larger))
+        if isinstance(again, EnergyError):
+            told = f"{larger:.1f} times larger for the error wanted it failed, at a cost that is not counted: {again}"
             return dataclasses.replace(second, story=(*second.story, told))
         return dataclasses.replace(
             again,

@@ -30,13 +30,13 @@ from blackjax.smc.resampling import systematic
 
 from ebm_ppl import smc
 from ebm_ppl.logz.importance import BLOCKS, HAS_VARIANCE, HEAVIEST, Weighed, weigh
-from ebm_ppl.logz.integral import CONTRADICTION, FEW, Integral, Opinion, opinion_of
+from ebm_ppl.logz.integral import CONTRADICTION, FEW, Integral, Opinion, attempt, opinion_of
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.search import Effort, Search, find_reference
 from ebm_ppl.rebase import Rebased
 from ebm_ppl.smc import SMC, lags
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import EnergyError, NonFiniteEnergyError, PRNGKey, with_error
+from ebm_ppl.typing import EnergyError, PRNGKey, with_error
 
 IMPORTANCE = "importance sampling"
 """The branch of weights that behave."""
@@ -107,14 +107,12 @@ class FittedReference:
         )
         share = max(found.seen.effective_share, final.effective_share)
         near = found.reference if share >= SMALL_SHARE else None
-        try:
-            estimate, branch, more = self._estimate(key_path, target, pilot, found, near, final)
-            failed = ()
-        except NonFiniteEnergyError:  # infinite density: there is no log Z, whatever the draws say
-            raise
-        except EnergyError as error:
-            estimate, branch, more = _by_weights(final)
-            failed = (f"The draws of the fitted reference have heavy tails, and SMC failed where they do: {error}",)
+        failed: tuple[str, ...] = ()
+        answer = attempt(lambda: self._estimate(key_path, target, pilot, found, near, final))
+        if isinstance(answer, EnergyError):
+            failed = (f"The draws of the fitted reference have heavy tails, and SMC failed where they do: {answer}",)
+            answer = _by_weights(final)
+        estimate, branch, more = answer
         if branch != IMPORTANCE:
             story.append(f"heavy tails, so {branch}: log Z {estimate}")
         return Integral(

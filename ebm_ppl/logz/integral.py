@@ -18,8 +18,8 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from ebm_ppl.typing import (
     Array,
     DegenerateParticlesError,
     Draws,
+    EnergyError,
     EnergyWarning,
     NonFiniteEnergyError,
     PRNGKey,
@@ -38,6 +39,8 @@ from ebm_ppl.typing import (
     log_mean,
     with_error,
 )
+
+T = TypeVar("T")
 
 LARGEST_RHAT = 1.05
 """Of R-hat: beyond it chains have not seen the same density."""
@@ -195,6 +198,19 @@ def warn_of(num_nan: int, doubts: Iterable[str], stacklevel: int) -> None:
         warnings.warn(message, EnergyWarning, stacklevel=stacklevel)
     for doubt in doubts:
         warnings.warn(doubt, EnergyWarning, stacklevel=stacklevel)
+
+
+def attempt(work: Callable[[], T]) -> T | EnergyError:
+    """What the work returns, or the error of ours that ended it, so that what is finished beside it can be kept.
+
+    Infinite density is raised: then there is no log Z, whatever the rest says.
+    """
+    try:
+        return work()
+    except NonFiniteEnergyError:
+        raise
+    except EnergyError as error:
+        return error
 
 
 def imprecise(std_error: float, tol: float, remedy: str = "raise budget.") -> tuple[str, ...]:
