@@ -38,7 +38,8 @@ TAILS = 4.0
 """Degrees of freedom of what guards the tails."""
 MOST_COMPONENTS = 64
 FEWEST_PLACES = 4
-"""For components in a program of a fit, of which there is one for each power of two from here on."""
+"""For components in a program of a fit, of which there is one for each power of two from here on; where the points
+bear no more than one component, a place is all that it gets."""
 NOTHING = -1e3
 """Log weight of a place without a component; a fit leaves it below `NEXT_TO_NOTHING`."""
 NEXT_TO_NOTHING = -50.0
@@ -165,14 +166,15 @@ def fit_mixture(key: PRNGKey, z: Array, weights: Array, start: StudentMixture | 
         found = parallel.over(_fit, parallel.split(starts), x, weights / np.sum(weights), held_out, limit)
         return jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(found))
 
+    fewest = FEWEST_PLACES if most >= 2 else 1
     best, best_score, num_components = None, -np.inf, 1
     if start is not None:
         begun = _image(start, -np.asarray(scale.inverse) @ np.asarray(mean), scale.inverse, scale.factor)
-        found, scores = improved(_alone(_padded(begun)), kept, ALMOST_SETTLED)
+        found, scores = improved(_alone(_padded(begun, fewest)), kept, ALMOST_SETTLED)
         best, best_score, num_components = _first(found), scores[0], 2 * len(begun.log_weight)
     while best is None or num_components <= min(MOST_COMPONENTS, most):
         keys = jax.random.split(jax.random.fold_in(key_fit, num_components), RESTARTS)
-        starts = parallel.once(_starts, keys, x, kept, np.asarray(num_components), _places(num_components))
+        starts = parallel.once(_starts, keys, x, kept, np.asarray(num_components), _places(num_components, fewest))
         starts = _alone(_first(starts)) if num_components == 1 else starts  # there is one place to start from
         found, scores = improved(starts, kept, ALMOST_SETTLED)
         chosen = int(np.argmax(scores))
@@ -186,15 +188,15 @@ def fit_mixture(key: PRNGKey, z: Array, weights: Array, start: StudentMixture | 
     return jax.tree.map(jnp.asarray, _image(_pruned(_first(whole)), mean, scale.factor, scale.inverse))
 
 
-def _places(num_components: int) -> int:
+def _places(num_components: int, fewest: int) -> int:
     """For so many components."""
-    return max(FEWEST_PLACES, 2 ** math.ceil(math.log2(num_components)))
+    return max(fewest, 2 ** math.ceil(math.log2(num_components)))
 
 
-def _padded(mixture: StudentMixture) -> StudentMixture:
+def _padded(mixture: StudentMixture, fewest: int) -> StudentMixture:
     """With a place for each component that the program of its fit has room for, on the host."""
     num = len(mixture.log_weight)
-    wider = [(0, _places(num) - num)]
+    wider = [(0, _places(num, fewest) - num)]
     filled = jax.tree.map(lambda x: np.pad(x, wider + [(0, 0)] * (x.ndim - 1), mode="edge"), mixture)
     log_weight = np.pad(mixture.log_weight, wider, constant_values=NOTHING)
     return eqx.tree_at(lambda mixture: mixture.log_weight, filled, log_weight)
