@@ -170,8 +170,8 @@ def learn_centring(
     if not np.all(np.isfinite(deviation) & (deviation > 0)):
         return None
     x = (pooled - mean) / deviation
-    one, other = x[: len(first)], x[len(first) :]
-    driver = _drivers(_slopes(one), _slopes(other), num, sites)
+    halves = slice(len(first)), slice(len(first), None)
+    driver = _drivers(_slopes(x[halves[0]]), _slopes(x[halves[1]]), num, sites)
     driven = driver != np.arange(dim)
     if not np.any(driven):
         return None
@@ -179,11 +179,11 @@ def learn_centring(
     for j in np.unique(driver[driven]):
         here = driven & (driver == j)
         free = np.flatnonzero(~driven)
-        given, width = _conditional(one, other, j, x[:, j], here, free, sites[here]), deviation[j]
+        given, width = _conditional(x, halves, j, here, free, sites[here]), deviation[j]
         if is_logistic is not None and is_logistic[j]:
-            value = expit_on_host(pooled[:, j])
-            s = (value - np.mean(value)) / np.std(value)
-            by_value = _conditional(one, other, j, s, here, free, sites[here])
+            value, bent = expit_on_host(pooled[:, j]), x.copy()
+            bent[:, j] = (value - np.mean(value)) / np.std(value)
+            by_value = _conditional(bent, halves, j, here, free, sites[here])
             if by_value.unexplained < given.unexplained:
                 given, width, is_bent[j] = by_value, np.std(value), True
         leader[here], slope[here] = given.leader, given.slope / width
@@ -191,8 +191,8 @@ def learn_centring(
         mean[here] += constant * deviation[here]
     numbers = mean, follow * deviation / deviation[leader], slope
     indices: Any = (x.astype(jnp.result_type(int)) for x in (driver, leader))
-    bent: Any = is_bent if np.any(is_bent) else None
-    return Centring(*indices, *(x.astype(first.dtype) for x in numbers), is_bent=bent)
+    bends: Any = is_bent if np.any(is_bent) else None
+    return Centring(*indices, *(x.astype(first.dtype) for x in numbers), is_bent=bends)
 
 
 def _slopes(x: np.ndarray) -> np.ndarray:
@@ -249,26 +249,18 @@ class Conditional(NamedTuple):
 
 
 def _conditional(
-    first: np.ndarray,
-    second: np.ndarray,
-    j: int,
-    s: np.ndarray,
-    driven: np.ndarray,
-    free: np.ndarray,
-    sites: np.ndarray,
+    x: np.ndarray, halves: tuple[slice, slice], j: int, driven: np.ndarray, free: np.ndarray, sites: np.ndarray
 ) -> Conditional:
-    """Location of the driven coordinates given a leader, and slopes of their log size over s, which stands for x_j.
+    """Location of the driven coordinates given a leader, and slopes of their log size over x_j.
 
     A mean that moves with the driver is taken out where sizes are measured, and left out of the map: along its line the
     neck of a funnel, far from most of the draws, would be bent away from where it is. For the same reason the location
     is found where the scale is small, by weights exp(-2 a s).
     """
-    x = np.concatenate([first, second])
-    x[:, j], y = s, x[:, driven]
+    s, y = x[:, j], x[:, driven]
     which, led = _leaders(s, y, x[:, free])
     leader = np.where(led, free[which], j)
     design = np.stack([np.ones_like(y), x[:, leader] * led, np.broadcast_to(s[:, None], y.shape)], axis=-1)
-    halves = slice(len(first)), slice(len(first), None)
     groups = np.unique(np.stack([sites, leader]), axis=1, return_inverse=True)[1].ravel()
     slope = np.zeros(y.shape[1])
 

@@ -548,7 +548,7 @@ MUTATIONS = (
         "centring.py",
         "return self.mean + location + jnp.exp(log_scale) * u, jnp.sum(log_scale)",
         "return self.mean + location + jnp.exp(log_scale) * u, jnp.sum(self.slope * u[self.driver])",
-        ("test_centring.py::test_a_logistic_map_is_a_bijection_with_the_jacobian_that_it_states",),
+        ("test_centring.py::test_the_map_is_a_bijection_with_the_jacobian_that_it_states",),
     ),
     Mutation(
         "drift of draws at infinity",

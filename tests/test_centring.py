@@ -18,6 +18,7 @@ from ebm_ppl.centring import Centring, learn_centring
 
 EFFECTS = 20
 TOGETHER = np.repeat([0, 1, 2], [1, 1, EFFECTS])
+IN_A_BOX = np.repeat([0, 1], [1, EFFECTS])
 
 
 def hierarchy(seed, num=800, effects=EFFECTS):
@@ -28,13 +29,24 @@ def hierarchy(seed, num=800, effects=EFFECTS):
     return np.column_stack([log_scale, mean, x])
 
 
-def learned(z, sites):
-    return learn_centring(z[::2], z[1::2], np.asarray(sites))
+def in_a_box(seed, num=800):
+    """Independent draws of the coordinate of a log scale between -3 and 2, and of effects of that scale."""
+    rng = np.random.default_rng(seed)
+    log_scale = rng.uniform(-3, 2, num)
+    z = logit((log_scale + 3) / 5)
+    return np.column_stack([z, np.exp(log_scale)[:, None] * rng.normal(size=(num, EFFECTS))])
 
 
-def test_the_map_is_a_bijection_with_the_jacobian_that_it_states():
-    centring = learned(hierarchy(0), TOGETHER)
-    z = jnp.asarray(hierarchy(1)[0])
+def learned(z, sites, is_logistic=None):
+    return learn_centring(z[::2], z[1::2], np.asarray(sites), is_logistic)
+
+
+@pytest.mark.parametrize(
+    "draws, sites, is_logistic", [(hierarchy, TOGETHER, None), (in_a_box, IN_A_BOX, IN_A_BOX == 0)]
+)
+def test_the_map_is_a_bijection_with_the_jacobian_that_it_states(draws, sites, is_logistic):
+    centring = learned(draws(0), sites, is_logistic)
+    z = jnp.asarray(draws(1)[0])
     u, log_det = centring.coordinates(z)
     back, log_det_back = centring.place(u)
     np.testing.assert_allclose(back, z, rtol=1e-10)
@@ -59,19 +71,10 @@ def test_gradients_go_there_and_back():
     np.testing.assert_allclose(centring.push(z, centring.pull(u, gradient)), gradient, rtol=1e-8, atol=1e-10)
 
 
-def in_a_box(seed, num=800):
-    """Independent draws of the coordinate of a log scale between -3 and 2, and of effects of that scale."""
-    rng = np.random.default_rng(seed)
-    log_scale = rng.uniform(-3, 2, num)
-    z = logit((log_scale + 3) / 5)
-    return np.column_stack([z, np.exp(log_scale)[:, None] * rng.normal(size=(num, EFFECTS))])
-
-
 def test_a_scale_between_bounds_follows_its_value_and_not_its_coordinate():
     """Far out, where no draw has been, the effects are as wide as at the bound."""
-    z, sites = in_a_box(0), np.repeat([0, 1], [1, EFFECTS])
-    centring = learn_centring(z[::2], z[1::2], sites, np.arange(EFFECTS + 1) == 0)
-    assert np.array_equal(centring.is_bent, np.arange(EFFECTS + 1) == 0)
+    centring = learned(in_a_box(0), IN_A_BOX, IN_A_BOX == 0)
+    assert np.array_equal(centring.is_bent, IN_A_BOX == 0)
     np.testing.assert_allclose(centring.slope[1:], 5, rtol=0.05)
     for far, log_scale in ((-50.0, -3.0), (50.0, 2.0)):
         point = np.zeros((2, EFFECTS + 1))
@@ -83,21 +86,9 @@ def test_a_scale_between_bounds_follows_its_value_and_not_its_coordinate():
         np.testing.assert_allclose(np.log(ratio), value - log_scale, rtol=0.05)
 
 
-def test_a_logistic_map_is_a_bijection_with_the_jacobian_that_it_states():
-    z = in_a_box(0)
-    centring = learn_centring(z[::2], z[1::2], np.repeat([0, 1], [1, EFFECTS]), np.arange(EFFECTS + 1) == 0)
-    z = jnp.asarray(in_a_box(1)[0])
-    u, log_det = centring.coordinates(z)
-    back, log_det_back = centring.place(u)
-    np.testing.assert_allclose(back, z, rtol=1e-10)
-    np.testing.assert_allclose(log_det, jnp.linalg.slogdet(jax.jacobian(lambda z: centring.coordinates(z)[0])(z))[1])
-    np.testing.assert_allclose(log_det_back, -log_det)
-
-
 def test_a_scale_that_follows_the_coordinate_of_a_value_with_bounds_is_left_so():
     """A standard deviation far below its upper bound: its logarithm is the coordinate itself."""
-    z, sites = hierarchy(0), TOGETHER
-    both = [learn_centring(z[::2], z[1::2], sites, is_logistic) for is_logistic in (None, np.ones(EFFECTS + 2, bool))]
+    both = [learned(hierarchy(0), TOGETHER, is_logistic) for is_logistic in (None, np.ones(EFFECTS + 2, bool))]
     assert both[1].is_bent is None
     np.testing.assert_array_equal(both[0].slope, both[1].slope)
 

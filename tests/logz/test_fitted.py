@@ -12,7 +12,6 @@ from limits import chi2_limits, t_limit
 from problems import FUNNEL_IN_A_BOX, PROBLEMS, funnel_in_a_box
 
 import ebm_ppl as ebm
-from ebm_ppl.logz import fitted
 from ebm_ppl.logz.fitted import HAS_VARIANCE, IMPORTANCE, LARGEST_K_OF_FEW
 from ebm_ppl.logz.importance import BLOCKS, Weighed, weigh
 from ebm_ppl.logz.integral import LARGEST_K
@@ -97,7 +96,7 @@ def test_draws_do_not_decide_whether_they_are_kept(monkeypatch):
         uniform = np.random.default_rng(0).random(weigh(*arguments).log_weight.shape)
         return Weighed(np.log(0.2) - 0.8 * np.log(uniform), 0)  # of mean 1
 
-    monkeypatch.setattr(fitted, "weigh", with_heavy_tail)
+    monkeypatch.setattr("ebm_ppl.logz.fitted.weigh", with_heavy_tail)
     found = small().integrate(jax.random.key(0), PROBLEMS["regression"].target())
     assert found.diagnostics["branch"] == IMPORTANCE and found.diagnostics["pareto_k"] > LARGEST_K
     assert abs(found.value) < 2 * found.std_error and found.std_error > 0.02
