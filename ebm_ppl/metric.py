@@ -10,7 +10,11 @@ target are one. Gradients tell as much as draws do, and where C is estimated too
 mean is near the truth with far fewer draws than C alone.
 
 A dense metric is trusted only as far as two halves of the chains agree on it: the correlations of C and G are shrunk to
-`k R + (1 - k) I`, with the k under which each half has the least divergence from the other.
+`k R + (1 - k) I`, with the k under which each half has the least divergence from the other. With the mean
+
+    m = mean z + M mean grad log p(z)
+
+the same divergence has its least value over all normal distributions, too (`closest_normal`).
 
 References:
     Carpenter et al. (2017), Stan; Seyboldt et al. (2026), Preconditioning Hamiltonian Monte Carlo by minimizing Fisher
@@ -144,7 +148,8 @@ def _dense() -> Estimator:
     def close(state: Halves) -> tuple[Halves, Scale]:
         first, second = (Moments(*map(_covariance, half)) for half in (state.first, state.second))
         gap = Moments(*(a.mean - b.mean for a, b in zip(state.first, state.second, strict=True)))
-        scale = DenseScale.of_covariance(agreed(first, second, gap))
+        covariance, widening = agreed(first, second, gap)
+        scale = DenseScale.of_covariance(widening * covariance)
         return nothing(len(gap.draws))._replace(count=state.count), scale
 
     return Estimator(init, add, close)
@@ -155,10 +160,10 @@ def _covariance(sums: Any) -> Array:
     return sums.m2 / jnp.maximum(sums.sample_size - 1, 1)
 
 
-def agreed(first: Moments, second: Moments, gap: Moments) -> Array:
-    """The metric of two halves of the draws together, as far as they agree, times a number.
+def agreed(first: Moments, second: Moments, gap: Moments) -> tuple[Array, Array]:
+    """The metric of two halves of the draws together, as far as they agree, and a number.
 
-    That number makes the widest direction as wide as the draws are: trajectories whose length is a multiple of the
+    Times that number its widest direction is as wide as the draws are: trajectories whose length is a multiple of the
     metric's unit then reach across the target, which has more than one mode, say, where draws and gradients differ.
 
     Args:
@@ -174,7 +179,25 @@ def agreed(first: Moments, second: Moments, gap: Moments) -> Array:
     units, moments = _standardised(both)
     eigenvalues, vectors, _ = _mean_of(_shrunk(moments, keep[jnp.argmin(divergence)]))
     factor = units[:, None] * vectors * eigenvalues**-0.25
-    return jnp.sqrt(jnp.max(eigenvalues)) * factor @ factor.T
+    return factor @ factor.T, jnp.sqrt(jnp.max(eigenvalues))
+
+
+def closest_normal(z: Array, gradients: Array) -> tuple[Array, DenseScale]:
+    """Mean and scale of the normal distribution of least Fisher divergence, by draws of a target and its gradients.
+
+    Of a normal target it is that target, up to what the halves of the draws do not agree on.
+
+    Args:
+        z, gradients: each of shape (num, dim).
+    """
+    half, square = len(z) // 2, 2 * z.shape[1:]
+    first, second = (
+        Moments(*(jnp.cov(x[part], rowvar=False).reshape(square) for x in (z, gradients)))
+        for part in (slice(half), slice(half, None))
+    )
+    gap = Moments(*(jnp.mean(x[:half], axis=0) - jnp.mean(x[half:], axis=0) for x in (z, gradients)))
+    covariance, _ = agreed(first, second, gap)
+    return jnp.mean(z, axis=0) + covariance @ jnp.mean(gradients, axis=0), DenseScale.of_covariance(covariance)
 
 
 def _held_out(fit: Moments, test: Moments, keep: Array) -> Array:

@@ -537,6 +537,27 @@ MUTATIONS = (
         ("logz/test_fitted.py::test_draws_do_not_decide_whether_they_are_kept",),
     ),
     Mutation(
+        "the mean of a normal distribution without what gradients say of it",
+        "metric.py",
+        "return jnp.mean(z, axis=0) + covariance @ jnp.mean(gradients, axis=0), ",
+        "return jnp.mean(z, axis=0), ",
+        ("test_metric.py::test_the_closest_normal_to_a_normal_is_that_normal",),
+    ),
+    Mutation(
+        "gradients of a density that is not in the coordinates of the fit",
+        "logz/search.py",
+        "return u, centring.pull(u, jax.grad(log_density)(z))",
+        "return u, jax.grad(log_density)(z)",
+        ("logz/test_search.py::test_gradients_in_coordinates_of_their_own",),
+    ),
+    Mutation(
+        "a normal distribution by gradients that leaves a mode out",
+        "logz/search.py",
+        "if np.any(_unaccounted(given.modes, Placed(normal, centring), given.log_z)):",
+        "if False:",
+        ("logz/test_search.py::test_a_mode_that_the_gradients_know_nothing_of_is_left_to_mixtures",),
+    ),
+    Mutation(
         "scales that follow the coordinate of a value with bounds",
         "centring.py",
         "if by_value.unexplained < given.unexplained:",

@@ -19,7 +19,8 @@ def agreed(covariance, seed, num=300, widen=1.0):
     z = z * np.sqrt(widen)
     first, second = (Moments(*(jnp.asarray(np.cov(x.T)) for x in half)) for half in zip(z, g, strict=True))
     gap = Moments(*(jnp.asarray(x[0].mean(0) - x[1].mean(0)) for x in (z, g)))
-    return np.asarray(metric.agreed(first, second, gap))
+    covariance, widening = metric.agreed(first, second, gap)
+    return np.asarray(widening * covariance)
 
 
 def correlations(covariance):
@@ -63,9 +64,24 @@ def test_the_widest_direction_is_as_wide_as_the_draws():
     np.testing.assert_allclose(found, 9 * np.eye(DIM), atol=0.4)
 
 
+def test_the_closest_normal_to_a_normal_is_that_normal():
+    """The gradients at draws tell where its mean is, however far the mean of the draws is off."""
+    covariance, mean = 0.9**LAGS, np.arange(DIM)
+    z = np.random.default_rng(0).multivariate_normal(mean, covariance, size=300)
+    found_mean, scale = metric.closest_normal(jnp.asarray(z), jnp.asarray((mean - z) @ np.linalg.inv(covariance)))
+    np.testing.assert_allclose(found_mean, mean, atol=1e-8)
+    np.testing.assert_allclose(scale.factor @ scale.factor.T, covariance, atol=1e-8)
+
+
+def test_the_closest_normal_in_one_dimension():
+    z = np.random.default_rng(0).normal(3.0, 2.0, size=(300, 1))
+    mean, scale = metric.closest_normal(jnp.asarray(z), jnp.asarray((3.0 - z) / 4))
+    np.testing.assert_allclose([mean[0], scale.factor[0, 0]], [3.0, 2.0], rtol=1e-8)
+
+
 @pytest.mark.parametrize("bad", [0.0, np.inf, np.nan])
 def test_a_half_that_tells_nothing_leaves_a_metric(bad):
     nothing = jnp.full((3, 3), bad)
     for first in (Moments(nothing, nothing), Moments(jnp.eye(3), nothing), Moments(nothing, jnp.eye(3))):
-        found = np.asarray(metric.agreed(first, Moments(jnp.eye(3), jnp.eye(3)), Moments(jnp.zeros(3), jnp.zeros(3))))
+        found, _ = metric.agreed(first, Moments(jnp.eye(3), jnp.eye(3)), Moments(jnp.zeros(3), jnp.zeros(3)))
         assert np.all(np.isfinite(found)) and np.all(np.linalg.eigvalsh(found) > 0)

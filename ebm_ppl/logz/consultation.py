@@ -1,8 +1,9 @@
 """log Z as an expert would find it: one opinion, and a second of another family where the first is not clean.
 
     first       a fitted reference, whose pilot run of SMC must agree with it (`fitted.py`)
-    clean       by weights that behave, or by a short path from a reference that fits but for its far tail; with no
-                doubts, and a standard error of at most `tol`: that is the answer
+    clean       by weights that behave, or by a short path from a reference that fits but for its far tail (in more than
+                `MOST_COORDINATES` dimensions, from any, where the pilot came the long way and its particles kept up);
+                with no doubts, and a standard error of at most `tol`: that is the answer
     second      in up to `MOST_COORDINATES` dimensions nested sampling, which needs no path of temperatures and no
                 gradients, and a reference fitted to its points; beyond, a large run of SMC from the model's own
                 reference. Where the error is above `tol` it runs again, as much larger as that wants, if the budget
@@ -27,7 +28,7 @@ from ebm_ppl.logz.integral import CONTRADICTION, Integral, attempt, imprecise, o
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.search import GOOD_ENOUGH
 from ebm_ppl.rebase import Joint
-from ebm_ppl.smc import SMC, lagging, run
+from ebm_ppl.smc import SMC, lagging, lags, run
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import EnergyError, PRNGKey, with_error
 
@@ -67,7 +68,7 @@ class Consultation:
     def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
         """log Z of all energies of a target at once, with the story of how it was reached."""
         key_first, key_second = jax.random.split(key)
-        first = attempt(lambda: _doubted(self.first.integrate(key_first, target)))
+        first = attempt(lambda: _doubted(self.first.integrate(key_first, target), target.dim))
         if isinstance(first, EnergyError):
             return self._alone(key_second, target, first)
         if not first.doubts and first.std_error <= self.tol:
@@ -150,13 +151,15 @@ class Consultation:
         )
 
 
-def _doubted(first: Integral) -> Integral:
+def _doubted(first: Integral, dim: int) -> Integral:
     """A fitted reference that does not fit leaves the answer to SMC, whose error bar cannot know what it never met.
 
-    Where it fits but for its far tail, the short path from it is as good as weights.
+    Where it fits but for its far tail, the short path from it is as good as weights. In many dimensions nothing fits
+    many of the draws, and there is no other family to ask: the pilot, which went another path, is the second opinion.
     """
     branch, fit = first.diagnostics.get("branch"), first.diagnostics.get("fit", 0.0)
-    if branch == IMPORTANCE or (branch == SHORT_PATH and fit >= GOOD_ENOUGH):
+    told_twice = dim > MOST_COORDINATES and not lags(first.diagnostics.get("drift_of_pilot", math.nan))
+    if branch == IMPORTANCE or (branch == SHORT_PATH and (fit >= GOOD_ENOUGH or told_twice)):
         return first
     doubt = "The fitted reference does not fit: the weights of its draws have heavy tails."
     return dataclasses.replace(first, doubts=(doubt, *first.doubts))

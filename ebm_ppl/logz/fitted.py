@@ -5,11 +5,12 @@
     estimate    fresh draws of the last q:  Z = E_q[w]  (`importance.py`)
 
 Weights are looked at before they are believed, those of the draws that showed how well q fits: where their tail is
-heavier than a mean bears (Pareto k over `LARGEST_K_OF_FEW`; over `HAS_VARIANCE` where few draws count), SMC goes the
-rest of the way from q to the posterior, on a path that is short now (from the model's own reference, where q describes
-next to nothing). The draws of the estimate have next to no say in whether they are kept (Pareto k up to `HEAVIEST`):
-those that look well are those without a large weight, which are too low. What the pilot says of log Z is a second
-opinion: one that contradicts the estimate is a doubt, unless weights that behave have found more than the pilot saw.
+heavier than a mean bears (Pareto k over `LARGEST_K_OF_FEW`; over `HAS_VARIANCE` where few draws count), there are no
+fresh ones. SMC goes the rest of the way from q to the posterior then, on a path that is short now (from the model's own
+reference, where q describes next to nothing). The draws of the estimate have next to no say in whether they are kept
+(Pareto k up to `HEAVIEST`): those that look well are those without a large weight, which are too low. What the pilot
+says of log Z is a second opinion: one that contradicts the estimate is a doubt, unless weights that behave have found
+more than the pilot saw.
 
 References:
     Cappe, Douc, Guillin, Marin and Robert (2008), Adaptive importance sampling in general mixture classes; Owen (1997),
@@ -33,7 +34,6 @@ from ebm_ppl.logz.importance import BLOCKS, HAS_VARIANCE, HEAVIEST, Weighed, wei
 from ebm_ppl.logz.integral import CONTRADICTION, FEW, Integral, Opinion, attempt, opinion_of
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.search import Effort, Search, find_reference
-from ebm_ppl.rebase import Rebased
 from ebm_ppl.smc import SMC, lags
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import EnergyError, PRNGKey, with_error
@@ -49,7 +49,8 @@ LARGEST_K_OF_FEW = 0.85
 FAIR_SHARE = 0.1
 """Effective share of the draws below which a heavy tail may not have shown itself."""
 SMALL_SHARE = 0.01
-"""Effective share of the draws below which the path from the fitted reference is not the shorter one."""
+"""Effective share of the draws below which the path from the fitted reference is not the shorter one, unless their
+weights have a mean."""
 REMEDY = "A larger pilot, or a reparametrised model, helps."
 
 
@@ -81,7 +82,7 @@ class FittedReference:
     pilot: SMC | NestedSampling = dataclasses.field(
         default_factory=lambda: SMC(num_particles=2000, target_ess=0.5, num_moves=1)
     )
-    fallback: SMC = dataclasses.field(default_factory=SMC)
+    fallback: SMC = dataclasses.field(default_factory=lambda: SMC(num_particles=2000))
     name = "fitted reference"
 
     def __post_init__(self):
@@ -100,15 +101,14 @@ class FittedReference:
         effort = Effort(self.num_ascents, self.num_draws, self.max_refits, self.defence)
         found = find_reference(key_fit, target, pilot.cloud, opinion.value, effort, story)
         search = opinion.num_evaluations + found.num_evaluations
-        final = weigh(key_final, found.reference, _enough(found.seen, search, self))
+        behaved = _can_be_trusted(found.seen)
+        final = weigh(key_final, found.reference, _enough(found.seen, search, self)) if behaved else found.seen
         story.append(
-            f"{final.num} fresh draws, {final.effective_share:.0%} effective, Pareto k {final.pareto_k:.2f}: "
-            f"log Z {with_error(final.value, final.std_error)}"
+            f"{f'{final.num} fresh draws' if behaved else 'no fresh draws, but these'}, {final.effective_share:.1%} "
+            f"effective, Pareto k {final.pareto_k:.2f}: log Z {with_error(final.value, final.std_error)}"
         )
-        share = max(found.seen.effective_share, final.effective_share)
-        near = found.reference if share >= SMALL_SHARE else None
         failed: tuple[str, ...] = ()
-        answer = attempt(lambda: self._estimate(key_path, target, pilot, found, near, final))
+        answer = attempt(lambda: self._estimate(key_path, target, pilot, found, final))
         if isinstance(answer, EnergyError):
             failed = (f"The draws of the fitted reference have heavy tails, and SMC failed where they do: {answer}",)
             answer = _by_weights(final)
@@ -118,8 +118,8 @@ class FittedReference:
         return Integral(
             value=estimate.value,
             std_error=estimate.std_error,
-            num_evaluations=search + final.num + more,
-            num_nan=opinion.num_nan + found.num_nan + final.num_nan + estimate.num_nan * (more > 0),
+            num_evaluations=search + final.num * behaved + more,
+            num_nan=opinion.num_nan + found.num_nan + final.num_nan * behaved + estimate.num_nan * (more > 0),
             story=tuple(story),
             doubts=(*failed, *_doubts(estimate, branch, pilot, final)),
             diagnostics={
@@ -129,19 +129,23 @@ class FittedReference:
                 "effective_share": final.effective_share,
                 "fit": found.seen.effective_share,
                 "pilot": opinion.value,
+                "drift_of_pilot": opinion.drift,
             },
         )
 
     def _estimate(
-        self, key: PRNGKey, target: Tilted, pilot: Pilot, found: Search, near: Rebased | None, final: Weighed
+        self, key: PRNGKey, target: Tilted, pilot: Pilot, found: Search, final: Weighed
     ) -> tuple[Opinion, str, float]:
         """The answer, the branch that it comes from, and the evaluations that it took beyond the draws."""
         if _can_be_trusted(found.seen) and final.pareto_k <= HEAVIEST:  # else they have no mean at all
             return _by_weights(final)
         if isinstance(self.pilot, NestedSampling):
             return pilot.opinion, "the pilot", 0.0
-        opinion = opinion_of(smc.run(key, near or target, self.fallback, progress_bar=False))
-        return opinion, SHORT_PATH if near else "SMC from the own reference", opinion.num_evaluations
+        seen = found.seen
+        is_near = seen.effective_share >= SMALL_SHARE or seen.pareto_k <= HEAVIEST
+        start = found.reference if is_near else target
+        opinion = opinion_of(smc.run(key, start, self.fallback, progress_bar=False))
+        return opinion, SHORT_PATH if is_near else "SMC from the own reference", opinion.num_evaluations
 
 
 def _by_weights(final: Weighed) -> tuple[Opinion, str, float]:

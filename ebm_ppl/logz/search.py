@@ -4,6 +4,9 @@
     fit           q, a mixture of Student t distributions (`mixture.py`), a component for each mode that the fit to the
                   cloud does not account for, and a share of the model's reference (`rebase.py`)
     refits        draws of q with weights w = pi_0 exp(-U) / q, pooled with the cloud, for as long as q gets better
+    gradients     the covariance of n points is off by dim^2 / 4n nats: of the draws of a normal distribution with it no
+                  more than exp(-dim^2 / 2n) are effective. Where that is little, first the normal distribution by
+                  points and gradients (`metric.closest_normal`), and mixtures only where that has less
     coordinates   where q describes less than `GOOD_ENOUGH` of its draws and the cloud shows scales that follow other
                   coordinates, the same once more in coordinates where they do not (`centring.py`): a funnel, which no
                   mixture describes, is a normal distribution there
@@ -23,9 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ebm_ppl import parallel
 from ebm_ppl.centring import Centring, coordinates_of, learn_centring
 from ebm_ppl.logz.importance import Weighed, draw, draw_own
+from ebm_ppl.logz.integral import total_energy
 from ebm_ppl.logz.modes import Modes, find_modes, spread_of
+from ebm_ppl.metric import closest_normal
 from ebm_ppl.mixture import DEGREES, MOST_COMPONENTS, TAILS, StudentMixture, fit_mixture
 from ebm_ppl.rebase import Rebased
 from ebm_ppl.scale import DenseScale
@@ -67,6 +73,17 @@ class Search(NamedTuple):
     num_nan: int
 
 
+class Given(NamedTuple):
+    """What every fit starts from."""
+
+    target: Tilted
+    cloud: np.ndarray
+    modes: Modes
+    log_z: float
+    effort: Effort
+    story: list[str]
+
+
 class Placed(eqx.Module):
     """A mixture of non-centred coordinates u, as a density of z: a proposal (`rebase.Proposal`)."""
 
@@ -96,31 +113,83 @@ def find_reference(
     key_modes, key_given, key_learned = jax.random.split(key, 3)
     modes, evaluations = _modes(key_modes, target, cloud, effort.num_ascents)
     story.append(f"{np.sum(modes.hits)} ascents arrived: {len(modes.z)} modes, {modes.num_once} of them met once")
-    centring = Centring.identity(target.dim)
-    best = _fits(key_given, target, cloud, centring, modes, log_z, effort, story)
-    evaluations, num_nan = evaluations + best.num_evaluations, best.num_nan
+    given = Given(target, cloud, modes, log_z, effort, story)
+    best = _fits(key_given, given, Centring.identity(target.dim))
     if best.seen.effective_share < GOOD_ENOUGH:
         half = len(cloud) // 2
         centring = learn_centring(cloud[:half], cloud[half:], target.site_numbers, target.is_logistic)
         if centring is not None:
             story.append("scales that follow other coordinates, so the same where they do not:")
-            found = _fits(key_learned, target, cloud, centring, modes, log_z, effort, story)
-            evaluations, num_nan = evaluations + found.num_evaluations, num_nan + found.num_nan
-            best = max(best, found, key=lambda search: search.seen.effective_share)
-    return best._replace(num_evaluations=evaluations, num_nan=num_nan)
+            best = _better(best, _fits(key_learned, given, centring))
+    return best._replace(num_evaluations=evaluations + best.num_evaluations)
 
 
-def _fits(
-    key: PRNGKey,
-    target: Tilted,
-    cloud: np.ndarray,
-    centring: Centring,
-    modes: Modes,
-    log_z: float,
-    effort: Effort,
-    story: list[str],
-) -> Search:
+def _fits(key: PRNGKey, given: Given, centring: Centring) -> Search:
+    """The best of mixtures and, where the cloud alone tells too little of them, a fit to the gradients at it."""
+    key_gradients, key_points = jax.random.split(key)
+    attainable = attainable_share(given.cloud)
+    if attainable >= GOOD_SHARE:
+        return _mixtures(key_points, given, centring)
+    normal = _by_gradients(key_gradients, given, centring)
+    if normal is None:
+        found = _mixtures(key_points, given, centring)
+        return found._replace(num_evaluations=found.num_evaluations + len(given.cloud))
+    if normal.seen.effective_share >= attainable:
+        return normal
+    return _better(_mixtures(key_points, given, centring), normal)
+
+
+def attainable_share(cloud: np.ndarray) -> float:
+    """About the largest effective share of the draws of a normal distribution with the moments of a normal cloud."""
+    num, dim = cloud.shape
+    return math.exp(-(dim**2) / (2 * num))
+
+
+def _better(first: Search, second: Search) -> Search:
+    """The one that fits better, at the cost of both."""
+    best = max(first, second, key=lambda search: search.seen.effective_share)
+    return best._replace(
+        num_evaluations=first.num_evaluations + second.num_evaluations, num_nan=first.num_nan + second.num_nan
+    )
+
+
+def _by_gradients(key: PRNGKey, given: Given, centring: Centring) -> Search | None:
+    """The normal distribution by the gradients at the cloud, or None where it would leave a mode out."""
+    parts = parallel.over(_score, parallel.split(jnp.asarray(given.cloud)), given.target, centring)
+    u, scores = (np.concatenate(xs) for xs in zip(*jax.device_get(parts), strict=True))
+    if not np.all(np.isfinite(scores)):
+        return None
+    mean, scale = parallel.once(closest_normal, u, scores)
+    parameters = jnp.zeros((), mean.dtype), mean, scale.factor, scale.inverse, jnp.asarray(DEGREES[-1], mean.dtype)
+    normal = StudentMixture(*(x[None] for x in parameters))
+    if np.any(_unaccounted(given.modes, Placed(normal, centring), given.log_z)):
+        return None
+    reference = _reference(given.target, normal, centring, given.effort)
+    _, seen = draw(key, reference, given.effort.num_draws)
+    given.story.append(f"a normal distribution by gradients: {seen.effective_share:.0%} of the draws are effective")
+    return Search(reference, seen, len(given.cloud) + seen.num, seen.num_nan)
+
+
+def _score(z: Array, target: Tilted, centring: Centring) -> tuple[Array, Array]:
+    """A point in the coordinates of a centring, and the gradient of the log density there."""
+
+    def log_density(z: Array) -> Array:
+        log_reference, energy = total_energy(target, z)
+        return log_reference - energy
+
+    u, _ = centring.coordinates(z)
+    return u, centring.pull(u, jax.grad(log_density)(z))
+
+
+def _reference(target: Tilted, mixture: StudentMixture, centring: Centring, effort: Effort) -> Rebased:
+    """Guarded by heavy tails and a share of the target's own reference."""
+    proposal = Placed(mixture.with_tails(TAILS_SHARE), centring)
+    return Rebased(target, proposal, jnp.asarray(effort.defence, mixture.mean.dtype))
+
+
+def _mixtures(key: PRNGKey, given: Given, centring: Centring) -> Search:
     """Fits to the cloud and to weighted draws of the fits before, for as long as they get better."""
+    target, cloud, modes, log_z, effort, story = given
     room = len(cloud) + effort.max_refits * effort.num_draws
     points, weights = np.zeros((room, target.dim), cloud.dtype), np.zeros(room, cloud.dtype)
     points[: len(cloud)], weights[: len(cloud)], filled = _coordinates(cloud, centring), FAITHFUL, len(cloud)
@@ -132,8 +201,7 @@ def _fits(
             story.append(f"{np.sum(missed)} modes that the pilot missed: a component for each")
             mixture = _with_modes(mixture, jax.tree.map(lambda x: x[missed], modes), centring, log_z)
             weights[: len(cloud)] = BIASED
-        proposal = Placed(mixture.with_tails(TAILS_SHARE), centring)
-        reference = Rebased(target, proposal, jnp.asarray(effort.defence, cloud.dtype))
+        reference = _reference(target, mixture, centring, effort)
         z, seen = draw(key_draw, reference, effort.num_draws)
         evaluations, num_nan = evaluations + seen.num, num_nan + seen.num_nan
         share, before = seen.effective_share, best.seen.effective_share if best else 0.0

@@ -8,8 +8,8 @@ from problems import FUNNEL_IN_A_BOX, PROBLEMS, funnel_in_a_box
 
 import ebm_ppl as ebm
 from ebm_ppl.logz import consultation
-from ebm_ppl.logz.consultation import MOST_COORDINATES
-from ebm_ppl.logz.fitted import IMPORTANCE
+from ebm_ppl.logz.consultation import MOST_COORDINATES, _doubted
+from ebm_ppl.logz.fitted import IMPORTANCE, SHORT_PATH
 from ebm_ppl.logz.integral import Integral
 
 SMALL = ebm.SMC(num_particles=300, target_ess=0.5, num_moves=2)
@@ -187,6 +187,16 @@ def test_many_coordinates_get_a_second_opinion_by_tempering():
     exact = -(MOST_COORDINATES + 1) / 2 * 0.6931471805599453
     assert abs(found.value - exact) < 4 * found.std_error and "own reference" in found.story[-1]
     assert "times larger" in found.story[1]
+
+
+@pytest.mark.parametrize(
+    ("dim", "drift", "is_clean"),
+    [(MOST_COORDINATES + 1, 2.0, True), (MOST_COORDINATES + 1, 9.0, False), (MOST_COORDINATES, 2.0, False)],
+)
+def test_in_many_dimensions_a_pilot_that_keeps_up_is_the_second_opinion(dim, drift, is_clean):
+    diagnostics = {"branch": SHORT_PATH, "fit": 0.01, "drift_of_pilot": drift}
+    first = Integral(-3.0, 0.02, num_evaluations=100, diagnostics=diagnostics)
+    assert _doubted(first, dim).doubts == first.doubts if is_clean else "does not fit" in _doubted(first, dim).doubts[0]
 
 
 @pytest.mark.parametrize("settings", [{"tol": 0.0}, {"budget": -1.0}])

@@ -1,0 +1,87 @@
+"""The search for a reference in many dimensions: by the gradients at a cloud that is too small to be fitted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+
+import ebm_ppl as ebm
+from ebm_ppl.logz.search import GOOD_SHARE, Effort, attainable_share, find_reference
+
+DIM, NUM = 30, 300
+EFFORT = Effort(num_ascents=16, num_draws=1024, max_refits=0, defence=0.01)
+COVARIANCE = 0.1 * 0.9 ** np.abs(np.subtract.outer(np.arange(DIM), np.arange(DIM)))
+POSTERIOR = np.linalg.inv(np.eye(DIM) + np.linalg.inv(COVARIANCE))
+
+
+def target_of(log_likelihood):
+    def model():
+        x = numpyro.sample("x", dist.Normal(0, 1).expand([DIM]).to_event(1))
+        ebm.energy_factor("likelihood", -log_likelihood(x), role="loss")
+
+    return ebm.target(model)
+
+
+def log_likelihood_about(mean):
+    return dist.MultivariateNormal(jnp.full(DIM, mean), COVARIANCE).log_prob
+
+
+def cloud_about(mean):
+    """Draws of the posterior of a likelihood about a mean."""
+    centre = POSTERIOR @ np.linalg.solve(COVARIANCE, np.full(DIM, mean))
+    return np.random.default_rng(0).multivariate_normal(centre, POSTERIOR, size=NUM)
+
+
+def search(log_likelihood, log_z=0.0):
+    story = []
+    found = find_reference(jax.random.key(0), target_of(log_likelihood), cloud_about(1.0), log_z, EFFORT, story)
+    return found, story
+
+
+LOG_Z = dist.MultivariateNormal(jnp.zeros(DIM), np.eye(DIM) + COVARIANCE).log_prob(jnp.ones(DIM))
+
+
+def test_gradients_fit_what_the_cloud_is_too_small_for():
+    found, story = search(log_likelihood_about(1.0), float(LOG_Z))
+    assert attainable_share(cloud_about(1.0)) < 0.3
+    assert found.seen.effective_share > GOOD_SHARE
+    assert abs(found.seen.value - LOG_Z) < 4 * found.seen.std_error < 0.1
+    assert "by gradients" in story[-1]  # no mixture was fitted
+    ascents = found.num_evaluations - NUM - EFFORT.num_draws
+    assert ascents > 2 * DIM
+
+
+def test_a_mode_that_the_gradients_know_nothing_of_is_left_to_mixtures():
+    """Two modes of one mass, the cloud in one of them, which a search for modes finds."""
+    one, other = log_likelihood_about(1.0), log_likelihood_about(-1.0)
+    found, story = search(lambda x: jnp.logaddexp(one(x), other(x)), float(LOG_Z))
+    assert not any("by gradients" in line for line in story)
+    assert any("modes that the pilot missed" in line for line in story)
+    assert abs(found.seen.value - LOG_Z - np.log(2)) < max(4 * found.seen.std_error, 0.5)
+
+
+def test_gradients_in_coordinates_of_their_own():
+    """Of a funnel of 30 coordinates, v ~ N(0, 1) and x ~ N(0, e^v), whose cloud is too small for a mixture."""
+
+    def model():
+        v = numpyro.sample("v", dist.Normal(0, 1))
+        numpyro.sample("x", dist.Normal(0, jnp.exp(v)).expand([DIM - 1]).to_event(1))
+
+    rng, story = np.random.default_rng(0), []
+    v = rng.normal(size=(NUM, 1))
+    cloud = np.concatenate([v, np.exp(v) * rng.normal(size=(NUM, DIM - 1))], axis=1)
+    found = find_reference(jax.random.key(0), ebm.target(model), cloud, 0.0, EFFORT, story)
+    assert "non-centred" in story[-2] or "scales that follow" in story[-2]
+    assert "by gradients" in story[-1] and found.seen.effective_share > 0.8
+
+
+def test_gradients_that_are_not_finite_are_left_alone_and_counted():
+    @jax.custom_jvp
+    def without_gradient(x):
+        return log_likelihood_about(1.0)(x)
+
+    without_gradient.defjvp(lambda primals, tangents: (without_gradient(*primals), jnp.nan * tangents[0].sum()))
+    found, story = search(without_gradient, float(LOG_Z))
+    assert not any("by gradients" in line for line in story) and "fit 1" in story[-1]
+    assert found.num_evaluations >= NUM + EFFORT.num_draws
