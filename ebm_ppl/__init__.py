@@ -6,6 +6,7 @@ from ebm_ppl.compare import compare
 from ebm_ppl.distribution import EnergyDistribution, energy_factor
 from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, ScaledEnergy, SumEnergy
 from ebm_ppl.evidence import log_z, log_z_stream, read_log_z
+from ebm_ppl.flow import Flow
 from ebm_ppl.independence import Independence
 from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
@@ -56,6 +57,7 @@ __all__ = [
     "EnergyShapeError",
     "EnergyWarning",
     "FittedReference",
+    "Flow",
     "FunctionEnergy",
     "IncomparableError",
     "Independence",

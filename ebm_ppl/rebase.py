@@ -9,6 +9,8 @@ A share of the old reference stays in q, so that no part of it is lost and the w
 
     q(z) = (1 - defence) proposal(z) + defence pi_0(z)
 
+and `Blend` lets two proposals share that place in the same way.
+
 References:
     Hesterberg (1995), Weighted average importance sampling and defensive mixture distributions.
 """
@@ -36,6 +38,35 @@ class Proposal(Protocol):
     def from_cube(self, u: np.ndarray) -> np.ndarray:
         """Draws from points of the unit cube, of two dimensions more, on the host."""
         ...
+
+
+class Blend(eqx.Module):
+    """`(1 - share) main + share guard`: a proposal whose weights are bounded by those of its guard."""
+
+    main: Proposal
+    guard: Proposal
+    share: Array
+
+    def sample(self, key: PRNGKey) -> Array:
+        """One draw, shape (dim,)."""
+        key_which, key_main, key_guard = jax.random.split(key, 3)
+        guarded = jax.random.uniform(key_which) < self.share
+        return jnp.where(guarded, self.guard.sample(key_guard), self.main.sample(key_main))
+
+    def log_density(self, z: Array) -> Array:
+        """Log density at a point of shape (dim,), in nats."""
+        main, guard = self.main.log_density(z), self.guard.log_density(z)
+        return jnp.logaddexp(jnp.log1p(-self.share) + main, jnp.log(self.share) + guard)
+
+    def from_cube(self, u: np.ndarray) -> np.ndarray:
+        """Points of the unit cube as draws; the first coordinate also says which of the two they come from."""
+        share = float(self.share)
+        guarded, first = u[:, 0] < share, u[:, 0]
+        stretched = np.where(guarded, first / share, (first - share) / (1 - share))
+        u = np.column_stack([stretched, u[:, 1:]])
+        z = self.main.from_cube(u)
+        z[guarded] = self.guard.from_cube(u[guarded])
+        return z
 
 
 class Joint(eqx.Module):

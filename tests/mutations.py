@@ -43,6 +43,20 @@ def _smc(problem: str) -> str:
 
 MUTATIONS = (
     Mutation(
+        "sign of the log determinant of a normalising flow",
+        "flow.py",
+        "log_density = log_det + ",
+        "log_density = -log_det + ",
+        ("test_flow.py::test_density_is_that_of_the_transformed_base[2]",),
+    ),
+    Mutation(
+        "share of the guard beside a normalising flow",
+        "rebase.py",
+        "jnp.log(self.share) + guard",
+        "guard",
+        ("test_flow.py::test_what_a_flow_cannot_reach_has_the_density_of_the_guard",),
+    ),
+    Mutation(
         "Jacobian of the non-centred coordinates",
         "kernels.py",
         "return log_density(z) + log_det",

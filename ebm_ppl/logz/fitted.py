@@ -30,6 +30,7 @@ import numpy as np
 from blackjax.smc.resampling import systematic
 
 from ebm_ppl import smc
+from ebm_ppl.flow import Flow
 from ebm_ppl.logz.importance import BLOCKS, HAS_VARIANCE, HEAVIEST, Weighed, weigh
 from ebm_ppl.logz.integral import CONTRADICTION, FEW, Integral, Opinion, attempt, opinion_of
 from ebm_ppl.logz.nested import NestedSampling
@@ -68,6 +69,8 @@ class FittedReference:
         max_draws: bound on the draws of the estimate.
         max_refits: bound on the fits after the first.
         defence: share of the model's own reference in the fitted one.
+        flow: settings of a normalising flow, to be trained after the mixture; it is taken for the reference, with a
+            share of the mixture, where more of its draws are effective. Without them the mixture is all.
         pilot: what is fitted: the particles of `SMC` or the points of `NestedSampling`.
         fallback: the SMC from the fitted reference, where importance sampling is not to be trusted. After a pilot of
             nested sampling it is not needed: the pilot's own log Z is the estimate then.
@@ -79,6 +82,7 @@ class FittedReference:
     max_draws: int = 2**20
     max_refits: int = 2
     defence: float = 0.01
+    flow: Flow | None = None
     pilot: SMC | NestedSampling = dataclasses.field(
         default_factory=lambda: SMC(num_particles=2000, target_ess=0.5, num_moves=1)
     )
@@ -98,7 +102,7 @@ class FittedReference:
         key_pilot, key_fit, key_final, key_path = jax.random.split(key, 4)
         pilot = _pilot(key_pilot, target, self.pilot)
         opinion, story = pilot.opinion, [pilot.story]
-        effort = Effort(self.num_ascents, self.num_draws, self.max_refits, self.defence)
+        effort = Effort(self.num_ascents, self.num_draws, self.max_refits, self.defence, self.flow)
         found = find_reference(key_fit, target, pilot.cloud, opinion.value, effort, story)
         search = opinion.num_evaluations + found.num_evaluations
         behaved = _can_be_trusted(found.seen)

@@ -10,6 +10,7 @@
     coordinates   where q describes less than `GOOD_ENOUGH` of its draws and the cloud shows scales that follow other
                   coordinates, the same once more in coordinates where they do not (`centring.py`): a funnel, which no
                   mixture describes, is a normal distribution there
+    flow          where asked for, a normalising flow with the best of these as its guard (`flow.py`), if it is better
 
 References:
     Cappe, Douc, Guillin, Marin and Robert (2008), Adaptive importance sampling in general mixture classes; Ionides
@@ -28,12 +29,13 @@ import numpy as np
 
 from ebm_ppl import parallel
 from ebm_ppl.centring import Centring, coordinates_of, learn_centring
+from ebm_ppl.flow import Flow, fit_flow
 from ebm_ppl.logz.importance import Weighed, draw, draw_own
 from ebm_ppl.logz.integral import total_energy
 from ebm_ppl.logz.modes import Modes, find_modes, spread_of
 from ebm_ppl.metric import closest_normal
 from ebm_ppl.mixture import DEGREES, MOST_COMPONENTS, TAILS, StudentMixture, fit_mixture
-from ebm_ppl.rebase import Rebased
+from ebm_ppl.rebase import Blend, Rebased
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.target import Tilted
 from ebm_ppl.typing import Array, PRNGKey
@@ -51,6 +53,8 @@ GOOD_ENOUGH = 0.5
 """The same for a search in other coordinates."""
 TAILS_SHARE = 0.1
 """Share of q that has heavy tails."""
+GUARD_SHARE = 0.2
+"""Share of the mixture that stays in q beside a flow, for the modes and tails that the flow misses."""
 WORTHWHILE = 1.1
 """Factor by which a refit must raise the effective share of the draws for another to follow."""
 
@@ -62,12 +66,15 @@ class Effort(NamedTuple):
     num_draws: int
     max_refits: int
     defence: float
+    flow: Flow | None
 
 
 class Search(NamedTuple):
     """The best reference found, the draws that showed it, and what the search has cost."""
 
     reference: Rebased
+    z: np.ndarray
+    """(draw, dim)"""
     seen: Weighed
     num_evaluations: int
     num_nan: int
@@ -121,6 +128,8 @@ def find_reference(
         if centring is not None:
             story.append("scales that follow other coordinates, so the same where they do not:")
             best = _better(best, _fits(key_learned, given, centring))
+    if effort.flow is not None:
+        best = _better(best, _with_flow(jax.random.fold_in(key, 3), given, best, effort.flow))
     return best._replace(num_evaluations=evaluations + best.num_evaluations)
 
 
@@ -165,9 +174,9 @@ def _by_gradients(key: PRNGKey, given: Given, centring: Centring) -> Search | No
     if np.any(_unaccounted(given.modes, Placed(normal, centring), given.log_z)):
         return None
     reference = _reference(given.target, normal, centring, given.effort)
-    _, seen = draw(key, reference, given.effort.num_draws)
+    z, seen = draw(key, reference, given.effort.num_draws)
     given.story.append(f"a normal distribution by gradients: {seen.effective_share:.0%} of the draws are effective")
-    return Search(reference, seen, len(given.cloud) + seen.num, seen.num_nan)
+    return Search(reference, z, seen, len(given.cloud) + seen.num, seen.num_nan)
 
 
 def _score(z: Array, target: Tilted, centring: Centring) -> tuple[Array, Array]:
@@ -207,7 +216,7 @@ def _mixtures(key: PRNGKey, given: Given, centring: Centring) -> Search:
         share, before = seen.effective_share, best.seen.effective_share if best else 0.0
         story.append(f"fit {fit + 1}: {len(mixture.log_weight)} components, {share:.0%} of the draws are effective")
         if share > before:
-            best = Search(reference, seen, evaluations, num_nan)
+            best = Search(reference, z, seen, evaluations, num_nan)
         if share >= GOOD_SHARE or share < WORTHWHILE * before or fit == effort.max_refits:
             break
         here = slice(filled, filled + seen.num)
@@ -215,6 +224,20 @@ def _mixtures(key: PRNGKey, given: Given, centring: Centring) -> Search:
         weights[here], filled = _truncated(seen), here.stop
     assert best is not None
     return best._replace(num_evaluations=evaluations, num_nan=num_nan)
+
+
+def _with_flow(key: PRNGKey, given: Given, fitted: Search, settings: Flow) -> Search:
+    """A flow trained on the cloud, on weighted draws of a mixture and on the target, with the mixture as guard."""
+    key_fit, key_draw = jax.random.split(key)
+    points = np.concatenate([given.cloud, fitted.z])
+    weights = np.concatenate([np.full(len(given.cloud), FAITHFUL), _truncated(fitted.seen)]).astype(points.dtype)
+    flow, evaluations = fit_flow(key_fit, points, weights, given.target, settings)
+    proposal = Blend(flow, fitted.reference.proposal, jnp.asarray(GUARD_SHARE, points.dtype))
+    reference = Rebased(given.target, proposal, fitted.reference.defence)
+    z, seen = draw(key_draw, reference, fitted.seen.num)
+    share = seen.effective_share
+    given.story.append(f"flow of {settings.num_layers} layers: {share:.0%} of the draws are effective")
+    return Search(reference, z, seen, evaluations + seen.num, seen.num_nan)
 
 
 def _coordinates(z: np.ndarray, centring: Centring) -> np.ndarray:

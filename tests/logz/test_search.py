@@ -10,7 +10,7 @@ import ebm_ppl as ebm
 from ebm_ppl.logz.search import GOOD_SHARE, Effort, attainable_share, find_reference
 
 DIM, NUM = 30, 300
-EFFORT = Effort(num_ascents=16, num_draws=1024, max_refits=0, defence=0.01)
+EFFORT = Effort(num_ascents=16, num_draws=1024, max_refits=0, defence=0.01, flow=None)
 COVARIANCE = 0.1 * 0.9 ** np.abs(np.subtract.outer(np.arange(DIM), np.arange(DIM)))
 POSTERIOR = np.linalg.inv(np.eye(DIM) + np.linalg.inv(COVARIANCE))
 
