@@ -125,10 +125,10 @@ def fit_flow(
     key_points, key_target = jax.random.split(key)
     mean, scale = parallel.once(_whitening, points, weights / np.sum(weights))
     untrained = _untrained(points.shape[1], settings.num_layers, settings.width, points.dtype)
-    fixed: Any = NonTrainable(mean), NonTrainable(scale)
+    fixed: Any = NonTrainable
     flow, _ = fit_to_data(
         key_points,
-        FlowDensity(*fixed, untrained),
+        FlowDensity(fixed(mean), fixed(scale), untrained),
         (points, weights / np.mean(weights)),
         loss_fn=_unlikeliness,
         optimizer=_optimiser(0),
