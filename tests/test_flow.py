@@ -22,7 +22,7 @@ from ebm_ppl.scale import DenseScale
 NUM_DRAWS, NUM_RUNS = 20_000, 6
 SMALL = ebm.SMC(num_particles=300, target_ess=0.5, num_moves=2)
 FLOW = ebm.Flow(num_layers=4, width=16, num_steps=100)
-NAMES = "regression", "dirichlet_multinomial"
+NAMES = "regression", pytest.param("dirichlet_multinomial", marks=pytest.mark.slow)
 
 
 def made(dim=2, size=0.3):
