@@ -76,7 +76,9 @@ def find_modes(
         deviation: standard deviations that the ascents take for units, shape (dim,).
         known: modes that were found before, to which the others are added.
     """
-    parts = parallel.over(_ascend, parallel.split(jnp.asarray(starts)), target, jnp.asarray(deviation))
+    # A batch of ascents would take both sides of every line search, each with a copy of all matrices of the model.
+    parts = parallel.split(jnp.asarray(starts), most=len(starts))
+    parts = parallel.over(_ascend, parts, target, jnp.asarray(deviation))
     found = jax.tree.map(lambda *xs: np.concatenate(xs), *jax.device_get(parts))
     z, log_density, arrived, evaluations = found
     arrived &= np.isfinite(log_density) & np.all(np.isfinite(z), axis=1)

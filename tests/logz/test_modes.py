@@ -9,6 +9,7 @@ import pytest
 from problems import PROBLEMS
 
 import ebm_ppl as ebm
+from ebm_ppl import parallel
 from ebm_ppl.logz.modes import find_modes
 from ebm_ppl.logz.search import _modes
 
@@ -88,3 +89,18 @@ def test_a_spike_that_no_particle_meets_is_found():
     assert abs(diagnostics["pilot"]) < 1  # all that the particles have seen is the slab
     assert abs(found.value - np.log(101)) < 5 * found.std_error and found.std_error < 0.05
     assert not found.doubts and any("the pilot missed" in line for line in found.story)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="threads are for the CPU")
+def test_ascents_share_no_batch(monkeypatch):
+    """In one, a correlated normal of 300 coordinates is a batch of its matrices, which wait for one another forever."""
+    programs, over = [], parallel.over
+
+    def recorded(function, parts, *shared):
+        programs.append(parallel.prepare_over(function, parts[0], *shared))
+        return over(function, parts, *shared)
+
+    monkeypatch.setattr(parallel, "over", recorded)
+    target = PROBLEMS["correlated_normal"].target()
+    find_modes(target, np.zeros((32, target.dim)), np.ones(target.dim))
+    assert [program.in_threads for program in programs] == [True]
