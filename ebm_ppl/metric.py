@@ -148,8 +148,8 @@ def _dense() -> Estimator:
     def close(state: Halves) -> tuple[Halves, Scale]:
         first, second = (Moments(*map(_covariance, half)) for half in (state.first, state.second))
         gap = Moments(*(a.mean - b.mean for a, b in zip(state.first, state.second, strict=True)))
-        covariance, widening = agreed(first, second, gap)
-        scale = DenseScale.of_covariance(widening * covariance)
+        factor, widening = agreed(first, second, gap)
+        scale = DenseScale.of_covariance(widening * factor @ factor.T)
         return nothing(len(gap.draws))._replace(count=state.count), scale
 
     return Estimator(init, add, close)
@@ -161,7 +161,7 @@ def _covariance(sums: Any) -> Array:
 
 
 def agreed(first: Moments, second: Moments, gap: Moments) -> tuple[Array, Array]:
-    """The metric of two halves of the draws together, as far as they agree, and a number.
+    """A factor of the metric of two halves of the draws together, as far as they agree, and a number.
 
     Times that number its widest direction is as wide as the draws are: trajectories whose length is a multiple of the
     metric's unit then reach across the target, which has more than one mode, say, where draws and gradients differ.
@@ -179,7 +179,7 @@ def agreed(first: Moments, second: Moments, gap: Moments) -> tuple[Array, Array]
     units, moments = _standardised(both)
     eigenvalues, vectors, _ = _mean_of(_shrunk(moments, keep[jnp.argmin(divergence)]))
     factor = units[:, None] * vectors * eigenvalues**-0.25
-    return factor @ factor.T, jnp.sqrt(jnp.max(eigenvalues))
+    return factor, jnp.sqrt(jnp.max(eigenvalues))
 
 
 def closest_normal(z: Array, gradients: Array) -> tuple[Array, DenseScale]:
@@ -196,7 +196,8 @@ def closest_normal(z: Array, gradients: Array) -> tuple[Array, DenseScale]:
         for part in (slice(half), slice(half, None))
     )
     gap = Moments(*(jnp.mean(x[:half], axis=0) - jnp.mean(x[half:], axis=0) for x in (z, gradients)))
-    covariance, _ = agreed(first, second, gap)
+    factor, _ = agreed(first, second, gap)
+    covariance = factor @ factor.T
     return jnp.mean(z, axis=0) + covariance @ jnp.mean(gradients, axis=0), DenseScale.of_covariance(covariance)
 
 

@@ -19,8 +19,8 @@ def agreed(covariance, seed, num=300, widen=1.0):
     z = z * np.sqrt(widen)
     first, second = (Moments(*(jnp.asarray(np.cov(x.T)) for x in half)) for half in zip(z, g, strict=True))
     gap = Moments(*(jnp.asarray(x[0].mean(0) - x[1].mean(0)) for x in (z, g)))
-    covariance, widening = metric.agreed(first, second, gap)
-    return np.asarray(widening * covariance)
+    factor, widening = metric.agreed(first, second, gap)
+    return np.asarray(widening * factor @ factor.T)
 
 
 def correlations(covariance):
@@ -83,5 +83,6 @@ def test_the_closest_normal_in_one_dimension():
 def test_a_half_that_tells_nothing_leaves_a_metric(bad):
     nothing = jnp.full((3, 3), bad)
     for first in (Moments(nothing, nothing), Moments(jnp.eye(3), nothing), Moments(nothing, jnp.eye(3))):
-        found, _ = metric.agreed(first, Moments(jnp.eye(3), jnp.eye(3)), Moments(jnp.zeros(3), jnp.zeros(3)))
+        factor, _ = metric.agreed(first, Moments(jnp.eye(3), jnp.eye(3)), Moments(jnp.zeros(3), jnp.zeros(3)))
+        found = factor @ factor.T
         assert np.all(np.isfinite(found)) and np.all(np.linalg.eigvalsh(found) > 0)
