@@ -40,8 +40,8 @@ from jax.scipy.stats import t as student
 from scipy.special import stdtrit
 
 from ebm_ppl import parallel
-from ebm_ppl.scale import DenseScale
-from ebm_ppl.target import Tilted
+from ebm_ppl.scale import DenseScale, location_and_scale
+from ebm_ppl.target import Tilted, log_joint
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
 
 DEGREES = 10.0
@@ -123,7 +123,7 @@ def fit_flow(
     from paramax import NonTrainable, unwrap
 
     key_points, key_target = jax.random.split(key)
-    mean, scale = parallel.once(_whitening, points, weights / np.sum(weights))
+    mean, scale = parallel.once(location_and_scale, points, weights)
     untrained = _untrained(points.shape[1], settings.num_layers, settings.width, points.dtype)
     fixed: Any = NonTrainable
     flow, _ = fit_to_data(
@@ -202,18 +202,12 @@ def _divergence(params: Any, static: Any, key: PRNGKey) -> Array:
     target = static[1].tree
 
     def log_ratio(z: Array) -> Array:
-        log_reference, stages = target.staged_terms(z)
-        return fixed.log_density(z) - (log_reference - jnp.sum(stages))
+        return fixed.log_density(z) - log_joint(target, z)
 
     z = jax.vmap(flow.sample)(jax.random.split(key, BATCH))
     slope = jax.vmap(jax.grad(log_ratio))(jax.lax.stop_gradient(z))
     slope = jnp.where(jnp.all(jnp.isfinite(slope), axis=1, keepdims=True), slope, 0.0)
     return jnp.sum(slope * z) / BATCH
-
-
-def _whitening(points: Array, weights: Array) -> tuple[Array, DenseScale]:
-    """Mean of weighted points, and the scale of their covariance."""
-    return weights @ points, DenseScale.of_cloud(points, 1 / jnp.sum(weights**2), weights)
 
 
 def _placed(x: Array, flow: FlowDensity) -> Array:

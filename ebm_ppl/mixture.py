@@ -29,7 +29,7 @@ from jax.scipy.special import gammaln, logsumexp
 from scipy.special import chdtri, ndtri
 
 from ebm_ppl import parallel
-from ebm_ppl.scale import DenseScale
+from ebm_ppl.scale import DenseScale, location_and_scale
 from ebm_ppl.typing import Array, PRNGKey
 
 DEGREES = (3.0, 5.0, 8.0, 15.0, 40.0, 200.0, 2000.0)
@@ -70,6 +70,12 @@ class StudentMixture(eqx.Module):
     """Of each factor."""
     degrees: Array
     """Of freedom, (K,)."""
+
+    @classmethod
+    def normal(cls, mean: Array, scale: DenseScale) -> StudentMixture:
+        """One component, which is a normal distribution for every purpose."""
+        one = jnp.ones(1, mean.dtype)
+        return cls(0 * one, mean[None], scale.factor[None], scale.inverse[None], DEGREES[-1] * one)
 
     def sample(self, key: PRNGKey) -> Array:
         """One draw, shape (dim,)."""
@@ -209,8 +215,7 @@ def _pruned(mixture: StudentMixture) -> StudentMixture:
 
 def _whitened(z: Array, weights: Array) -> tuple[Array, Array, DenseScale]:
     """The points in coordinates where they have zero mean and unit covariance, and the mean and scale that they had."""
-    weights = weights / jnp.sum(weights)
-    mean, scale = weights @ z, DenseScale.of_cloud(z, 1 / jnp.sum(weights**2), weights)
+    mean, scale = location_and_scale(z, weights)
     return (z - mean) @ scale.inverse.T, mean, scale
 
 

@@ -17,6 +17,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import equinox as eqx
@@ -26,6 +27,8 @@ import numpy as np
 
 from ebm_ppl.target import Phase, Tilted
 from ebm_ppl.typing import Array, PRNGKey
+
+Draw = Callable[[PRNGKey], Array]
 
 
 class Proposal(Protocol):
@@ -40,6 +43,17 @@ class Proposal(Protocol):
         ...
 
 
+def _either(key: PRNGKey, share: Array, main: Draw, guard: Draw) -> Array:
+    """A draw of the guard with probability `share`, else of the main one."""
+    key_which, key_main, key_guard = jax.random.split(key, 3)
+    return jnp.where(jax.random.uniform(key_which) < share, guard(key_guard), main(key_main))
+
+
+def _log_density_of_both(share: Array, main: Array, guard: Array) -> Array:
+    """Of such draws, from the log densities of the two."""
+    return jnp.logaddexp(jnp.log1p(-share) + main, jnp.log(share) + guard)
+
+
 class Blend(eqx.Module):
     """`(1 - share) main + share guard`: a proposal whose weights are bounded by those of its guard."""
 
@@ -49,14 +63,11 @@ class Blend(eqx.Module):
 
     def sample(self, key: PRNGKey) -> Array:
         """One draw, shape (dim,)."""
-        key_which, key_main, key_guard = jax.random.split(key, 3)
-        guarded = jax.random.uniform(key_which) < self.share
-        return jnp.where(guarded, self.guard.sample(key_guard), self.main.sample(key_main))
+        return _either(key, self.share, self.main.sample, self.guard.sample)
 
     def log_density(self, z: Array) -> Array:
         """Log density at a point of shape (dim,), in nats."""
-        main, guard = self.main.log_density(z), self.guard.log_density(z)
-        return jnp.logaddexp(jnp.log1p(-self.share) + main, jnp.log(self.share) + guard)
+        return _log_density_of_both(self.share, self.main.log_density(z), self.guard.log_density(z))
 
     def from_cube(self, u: np.ndarray) -> np.ndarray:
         """Points of the unit cube as draws; the first coordinate also says which of the two they come from."""
@@ -116,15 +127,11 @@ class Rebased(Joint):
 
     def sample_reference(self, key: PRNGKey) -> Array:
         """One draw `z ~ q`, shape (dim,)."""
-        key_which, key_proposal, key_own = jax.random.split(key, 3)
-        own = jax.random.uniform(key_which) < self.defence
-        return jnp.where(own, self.target.sample_reference(key_own), self.proposal.sample(key_proposal))
+        return _either(key, self.defence, self.proposal.sample, self.target.sample_reference)
 
     def staged_terms(self, z: Array) -> tuple[Array, Array]:
         """`(log q(z), (0, U_q(z)))`, as `Target.staged_terms`."""
         log_reference, stages = self.target.staged_terms(z)
-        log_q = jnp.logaddexp(
-            jnp.log1p(-self.defence) + self.proposal.log_density(z), jnp.log(self.defence) + log_reference
-        )
+        log_q = _log_density_of_both(self.defence, self.proposal.log_density(z), log_reference)
         energy = log_q - log_reference + jnp.sum(stages)
         return log_q, jnp.stack([jnp.zeros_like(energy), energy])

@@ -103,4 +103,10 @@ class LowRankScale(eqx.Module):
         return self._stretched(gradient, 1.0 / self.stretch) / self.deviation
 
 
+def location_and_scale(z: Array, weights: Array) -> tuple[Array, DenseScale]:
+    """Mean of points, (num, dim), of weights that are not negative, (num,), and the scale of their covariance."""
+    weights = weights / jnp.sum(weights)
+    return weights @ z, DenseScale.of_cloud(z, 1 / jnp.sum(weights**2), weights)
+
+
 Scale = DiagonalScale | DenseScale | LowRankScale

@@ -73,6 +73,12 @@ class Tilted(Protocol):
     def staged_terms(self, z: Array) -> tuple[Array, Array]: ...
 
 
+def log_joint(target: Tilted, z: Array) -> Array:
+    """`log pi_0(z) - U(z)`, with all energies added up."""
+    log_reference, stages = target.staged_terms(z)
+    return log_reference - jnp.sum(stages)
+
+
 class Target(eqx.Module):
     """A NumPyro model split into a normalised reference and energies; made by `target`.
 

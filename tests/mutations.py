@@ -52,7 +52,7 @@ MUTATIONS = (
     Mutation(
         "share of the guard beside a normalising flow",
         "rebase.py",
-        "jnp.log(self.share) + guard",
+        "jnp.log(share) + guard",
         "guard",
         ("test_flow.py::test_what_a_flow_cannot_reach_has_the_density_of_the_guard",),
     ),
@@ -413,8 +413,8 @@ MUTATIONS = (
     Mutation(
         "density of a fitted reference without its share",
         "rebase.py",
-        "jnp.log1p(-self.defence) + self.proposal",
-        "self.proposal",
+        "jnp.log1p(-share) + main",
+        "main",
         ("test_rebase.py::test_reference_is_normalised_and_drawn_from",),
     ),
     Mutation(

@@ -46,7 +46,7 @@ from ebm_ppl.kernels import NUTS
 from ebm_ppl.logz.importance import draw_own
 from ebm_ppl.logz.integral import LARGEST_RHAT, Integral, check_energies, disagreement, effective_size, relative_error
 from ebm_ppl.logz.modes import find_modes, spread_of, unvisited
-from ebm_ppl.mixture import DEGREES, StudentMixture, fit_mixture
+from ebm_ppl.mixture import StudentMixture, fit_mixture
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.target import Target, Tilted
 from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, PRNGKey, with_error
@@ -218,11 +218,7 @@ def _fit(key: PRNGKey, z: np.ndarray, warp: bool) -> StudentMixture:
 
 def _bell(z: Array) -> StudentMixture:
     """A normal distribution with a share of heavy tails, all about one centre."""
-    scale = DenseScale.of_cloud(z, len(z))
-    one = jnp.ones(1, z.dtype)
-    normal = StudentMixture(
-        0 * one, jnp.mean(z, axis=0)[None], scale.factor[None], scale.inverse[None], DEGREES[-1] * one
-    )
+    normal = StudentMixture.normal(jnp.mean(z, axis=0), DenseScale.of_cloud(z, len(z)))
     return normal.with_tails(TAILS_SHARE)
 
 

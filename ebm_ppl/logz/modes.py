@@ -25,9 +25,8 @@ import numpy as np
 import optax
 
 from ebm_ppl import parallel
-from ebm_ppl.logz.integral import total_energy
 from ebm_ppl.scale import DenseScale
-from ebm_ppl.target import Tilted
+from ebm_ppl.target import Tilted, log_joint
 from ebm_ppl.typing import Array
 
 MOST_STEPS = 200
@@ -128,8 +127,7 @@ def _ascend(start: Array, target: Tilted, deviation: Array) -> tuple[Array, Arra
     """Where one ascent ends, the log density there, whether it is flat, and the evaluations it took."""
 
     def height(x: Array) -> Array:
-        log_reference, energy = total_energy(target, start + deviation * x)
-        return energy - log_reference
+        return -log_joint(target, start + deviation * x)
 
     optimiser: Any = optax.lbfgs()
     value_and_grad: Callable = optax.value_and_grad_from_state(height)
@@ -157,11 +155,6 @@ def _ascend(start: Array, target: Tilted, deviation: Array) -> tuple[Array, Arra
 
 def _touching(mode: Array, target: Tilted) -> tuple[DenseScale, Array]:
     """The scale of the normal distribution that touches the density at a mode, and whether there is one."""
-
-    def log_density(z: Array) -> Array:
-        log_reference, energy = total_energy(target, z)
-        return log_reference - energy
-
-    precision = -jax.hessian(log_density)(mode)
+    precision = -jax.hessian(lambda z: log_joint(target, z))(mode)
     scale = DenseScale.of_covariance(jnp.linalg.inv((precision + precision.T) / 2))
     return scale, jnp.all(jnp.isfinite(scale.factor)) & jnp.all(jnp.isfinite(scale.inverse))
