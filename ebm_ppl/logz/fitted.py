@@ -107,9 +107,10 @@ class FittedReference:
         search = opinion.num_evaluations + found.num_evaluations
         behaved = _can_be_trusted(found.seen)
         final = weigh(key_final, found.reference, _enough(found.seen, search, self)) if behaved else found.seen
+        draws = f"{final.num} fresh draws" if behaved else "no fresh draws, but these"
         story.append(
-            f"{f'{final.num} fresh draws' if behaved else 'no fresh draws, but these'}, {final.effective_share:.1%} "
-            f"effective, Pareto k {final.pareto_k:.2f}: log Z {with_error(final.value, final.std_error)}"
+            f"{draws}, {final.effective_share:.1%} effective, Pareto k {final.pareto_k:.2f}: "
+            f"log Z {with_error(final.value, final.std_error)}"
         )
         failed: tuple[str, ...] = ()
         answer = attempt(lambda: self._estimate(key_path, target, pilot, found, final))

@@ -31,13 +31,12 @@ from ebm_ppl import parallel
 from ebm_ppl.centring import Centring, coordinates_of, learn_centring
 from ebm_ppl.flow import Flow, fit_flow
 from ebm_ppl.logz.importance import Weighed, draw, draw_own
-from ebm_ppl.logz.integral import total_energy
 from ebm_ppl.logz.modes import Modes, find_modes, spread_of
 from ebm_ppl.metric import closest_normal
 from ebm_ppl.mixture import DEGREES, MOST_COMPONENTS, TAILS, StudentMixture, fit_mixture
 from ebm_ppl.rebase import Blend, Rebased
 from ebm_ppl.scale import DenseScale
-from ebm_ppl.target import Tilted
+from ebm_ppl.target import Tilted, log_joint
 from ebm_ppl.typing import Array, PRNGKey
 
 UNACCOUNTED = 1.5
@@ -85,6 +84,8 @@ class Given(NamedTuple):
 
     target: Tilted
     cloud: np.ndarray
+    gradients: np.ndarray | None
+    """Of the log density at the cloud, where the cloud alone tells too little."""
     modes: Modes
     log_z: float
     effort: Effort
@@ -120,7 +121,12 @@ def find_reference(
     key_modes, key_given, key_learned = jax.random.split(key, 3)
     modes, evaluations = _modes(key_modes, target, cloud, effort.num_ascents)
     story.append(f"{np.sum(modes.hits)} ascents arrived: {len(modes.z)} modes, {modes.num_once} of them met once")
-    given = Given(target, cloud, modes, log_z, effort, story)
+    gradients = None
+    if attainable_share(cloud) < GOOD_SHARE:
+        parts = parallel.over(_gradient, parallel.split(jnp.asarray(cloud)), target)
+        gradients = np.concatenate(jax.device_get(parts))
+        evaluations += len(cloud)
+    given = Given(target, cloud, gradients, modes, log_z, effort, story)
     best = _fits(key_given, given, Centring.identity(target.dim))
     if best.seen.effective_share < GOOD_ENOUGH:
         half = len(cloud) // 2
@@ -136,14 +142,10 @@ def find_reference(
 def _fits(key: PRNGKey, given: Given, centring: Centring) -> Search:
     """The best of mixtures and, where the cloud alone tells too little of them, a fit to the gradients at it."""
     key_gradients, key_points = jax.random.split(key)
-    attainable = attainable_share(given.cloud)
-    if attainable >= GOOD_SHARE:
-        return _mixtures(key_points, given, centring)
     normal = _by_gradients(key_gradients, given, centring)
     if normal is None:
-        found = _mixtures(key_points, given, centring)
-        return found._replace(num_evaluations=found.num_evaluations + len(given.cloud))
-    if normal.seen.effective_share >= attainable:
+        return _mixtures(key_points, given, centring)
+    if normal.seen.effective_share >= attainable_share(given.cloud):
         return normal
     return _better(_mixtures(key_points, given, centring), normal)
 
@@ -163,31 +165,29 @@ def _better(first: Search, second: Search) -> Search:
 
 
 def _by_gradients(key: PRNGKey, given: Given, centring: Centring) -> Search | None:
-    """The normal distribution by the gradients at the cloud, or None where it would leave a mode out."""
-    parts = parallel.over(_score, parallel.split(jnp.asarray(given.cloud)), given.target, centring)
-    u, scores = (np.concatenate(xs) for xs in zip(*jax.device_get(parts), strict=True))
+    """The normal distribution by the gradients at the cloud; None without them, or where it would leave a mode out."""
+    if given.gradients is None:
+        return None
+    u, scores = parallel.once(_pulled, given.cloud, given.gradients, centring)
     if not np.all(np.isfinite(scores)):
         return None
-    mean, scale = parallel.once(closest_normal, u, scores)
-    parameters = jnp.zeros((), mean.dtype), mean, scale.factor, scale.inverse, jnp.asarray(DEGREES[-1], mean.dtype)
-    normal = StudentMixture(*(x[None] for x in parameters))
+    normal = StudentMixture.normal(*parallel.once(closest_normal, u, scores))
     if np.any(_unaccounted(given.modes, Placed(normal, centring), given.log_z)):
         return None
     reference = _reference(given.target, normal, centring, given.effort)
     z, seen = draw(key, reference, given.effort.num_draws)
     given.story.append(f"a normal distribution by gradients: {seen.effective_share:.0%} of the draws are effective")
-    return Search(reference, z, seen, len(given.cloud) + seen.num, seen.num_nan)
+    return Search(reference, z, seen, seen.num, seen.num_nan)
 
 
-def _score(z: Array, target: Tilted, centring: Centring) -> tuple[Array, Array]:
-    """A point in the coordinates of a centring, and the gradient of the log density there."""
+def _gradient(z: Array, target: Tilted) -> Array:
+    return jax.grad(lambda z: log_joint(target, z))(z)
 
-    def log_density(z: Array) -> Array:
-        log_reference, energy = total_energy(target, z)
-        return log_reference - energy
 
-    u, _ = centring.coordinates(z)
-    return u, centring.pull(u, jax.grad(log_density)(z))
+def _pulled(z: Array, gradients: Array, centring: Centring) -> tuple[Array, Array]:
+    """Many points in the coordinates of a centring, and the gradients of the log density there."""
+    u = coordinates_of(z, centring)
+    return u, jax.vmap(centring.pull)(u, gradients)
 
 
 def _reference(target: Tilted, mixture: StudentMixture, centring: Centring, effort: Effort) -> Rebased:
@@ -198,7 +198,7 @@ def _reference(target: Tilted, mixture: StudentMixture, centring: Centring, effo
 
 def _mixtures(key: PRNGKey, given: Given, centring: Centring) -> Search:
     """Fits to the cloud and to weighted draws of the fits before, for as long as they get better."""
-    target, cloud, modes, log_z, effort, story = given
+    target, cloud, _, modes, log_z, effort, story = given
     room = len(cloud) + effort.max_refits * effort.num_draws
     points, weights = np.zeros((room, target.dim), cloud.dtype), np.zeros(room, cloud.dtype)
     points[: len(cloud)], weights[: len(cloud)], filled = _coordinates(cloud, centring), FAITHFUL, len(cloud)
