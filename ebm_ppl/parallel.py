@@ -10,7 +10,8 @@ On a mesh of devices (`sharding.py`) each runs its share of the members as a bat
 An accelerator wants one large batch. A processor does not: a batch makes each step together, so it waits for its
 longest trajectory, and small operations leave all cores but one idle.
 
-Programs with batches of linear algebra run one at a time: `xla.may_run_beside_itself` says why.
+Programs with batches of linear algebra run one at a time on the CPU, and take the matrices in turn where there are many
+such batches: `linear_algebra.py` says why.
 
 Threads only ever run compiled programs. The handlers of NumPyro are one stack for the whole process, so that models
 must be traced in one thread, which `jax.jit` does not promise; hence the cache of compiled programs here.
@@ -28,10 +29,10 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from ebm_ppl import sharding
+from ebm_ppl import linear_algebra, sharding
 from ebm_ppl.sharding import Mesh
 from ebm_ppl.typing import OutOfMemoryError
-from ebm_ppl.xla import compiler_options, may_run_beside_itself
+from ebm_ppl.xla import compiler_options
 
 MOST_CALLS = 16
 """Parts on the CPU; a larger batch has several members in each. No matter on which machine, so that draws agree."""
@@ -198,12 +199,16 @@ def _program(
     *context: Any,
 ) -> Program:
     settings = jax.tree.unflatten(structure, settings)
-    of_arrays = jax.jit(lambda *arrays: function(*eqx.combine(arrays, settings)), donate_argnums=(0,) * in_place)
-    traced = of_arrays.trace(*jax.tree.unflatten(aval_structure, avals))
+    arrays = jax.tree.unflatten(aval_structure, avals)
+    donated = (0,) * in_place
+    program = jax.jit(lambda *arrays: function(*eqx.combine(arrays, settings)), donate_argnums=donated)
+    traced, on_mesh = program.trace(*arrays), sharding.is_on_mesh(avals)
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and linear_algebra.num_batches(traced.jaxpr.jaxpr) >= (1 if on_mesh else _num_cores()):
+        traced = jax.jit(linear_algebra.matrix_by_matrix(program), donate_argnums=donated).trace(*arrays)
     jaxpr = traced.jaxpr.jaxpr
-    options = compiler_options(jaxpr, hurry) if jax.default_backend() == "cpu" else {}
-    beside_itself = may_run_beside_itself(jaxpr)
-    on_mesh = sharding.is_on_mesh(avals)
+    options = compiler_options(jaxpr, hurry) if on_cpu else {}
+    beside_itself = not linear_algebra.may_wait_forever(jaxpr)
     if on_mesh and not beside_itself:
         sharding.require_devices_that_do_not_wait(avals)
     compiled = _COMPILER.submit(_compiled, traced.lower(), options)

@@ -164,15 +164,14 @@ def is_on_mesh(tree: Any) -> bool:
 
 
 def require_devices_that_do_not_wait(tree: Any) -> None:
-    """Raises where a mesh has several devices of one CPU process, for a program with batches of linear algebra.
-
-    These wait for one another as threads do; see `xla.may_run_beside_itself`.
+    """Raises where a mesh has several devices of one CPU process, for a program that would wait for itself; see
+    `linear_algebra.py`, which leaves none but what the message names.
     """
     devices = {device for x in jax.tree.leaves(tree) if (lies := _lies(x)) for device in lies.device_set}
     if sum(d.platform == "cpu" and d.process_index == jax.process_index() for d in devices) > 1:
         raise EnergyError(
-            "The model makes batches of linear algebra (Cholesky factors, triangular solves, FFTs), in which several "
-            "CPU devices of one process wait for one another forever. Give each device a process of its own "
+            "The model makes Fourier transforms in several dimensions or calls foreign code, in which several CPU "
+            "devices of one process wait for one another forever. Give each device a process of its own "
             "(jax.distributed.initialize), or leave mesh out: the CPU's cores are used without it."
         )
 

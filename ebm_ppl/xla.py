@@ -14,8 +14,9 @@ this kind that `XLA_FLAGS` holds already are left alone; XLA's own measure is 10
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
+
+from ebm_ppl import linear_algebra
 
 EFFORT, LEAST_EFFORT = 2, 0
 """Levels of optimisation. The third, XLA's own choice, takes ten times as long over a batch of random numbers, a third
@@ -25,27 +26,7 @@ SMALL_LOOP = 10**6
 SMALL_SCATTER = 2000
 """Most numbers that a scatter may move for the older emitters, which take twice as long for each."""
 _SCATTERS = {"scatter-add", "scatter_add", "scatter_mul", "scatter_min", "scatter_max"}
-_LINEAR_ALGEBRA = {
-    "cholesky",
-    "cholesky_update",
-    "eig",
-    "eigh",
-    "geqp3",
-    "geqrf",
-    "hessenberg",
-    "householder_product",
-    "lu",
-    "ormqr",
-    "qr",
-    "schur",
-    "svd",
-    "symmetric_product",
-    "triangular_solve",
-    "tridiagonal",
-    "tridiagonal_solve",
-}
-_NEVER_ONE_CALL = _LINEAR_ALGEBRA | {"conv_general_dilated", "ffi_call", "fft", "pure_callback", "sort"}
-_SHARES_THREADS = {"ffi_call", "fft"}
+_NEVER_ONE_CALL = linear_algebra.NAMES | {"conv_general_dilated", "ffi_call", "fft", "pure_callback", "sort"}
 
 
 def compile_small_loops() -> None:
@@ -69,7 +50,7 @@ def compiler_options(jaxpr: Any, hurry: bool) -> dict[str, Any]:
 def _has_small_scatters_only(jaxpr: Any) -> bool:
     """Whether a program has scatters, all of them small, and nothing else that keeps its loops apart."""
     scatters = False
-    for eqn in _equations(jaxpr):
+    for eqn in linear_algebra.equations(jaxpr):
         name = eqn.primitive.name
         if name in _NEVER_ONE_CALL or (name == "dot_general" and min(x.aval.ndim for x in eqn.invars) > 1):
             return False
@@ -78,30 +59,6 @@ def _has_small_scatters_only(jaxpr: Any) -> bool:
             if eqn.invars[2].aval.size > SMALL_SCATTER:
                 return False
     return scatters
-
-
-def may_run_beside_itself(jaxpr: Any) -> bool:
-    """Whether two threads may run a program on the CPU at the same time.
-
-    JAX's linear algebra shares a batch of matrices out among the threads of XLA and waits for them, in one of these
-    same threads. Where each of them is in such a call, none is left to do the work, and both programs wait forever.
-    """
-    return not any(
-        eqn.primitive.name in _SHARES_THREADS
-        or (eqn.primitive.name in _LINEAR_ALGEBRA and any(x.aval.ndim > 2 for x in eqn.invars))
-        for eqn in _equations(jaxpr)
-    )
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations, those of loops and calls included."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for body in value if isinstance(value, tuple | list) else [value]:
-                body = getattr(body, "jaxpr", body)
-                if hasattr(body, "eqns"):
-                    yield from _equations(body)
 
 
 compile_small_loops()

@@ -411,6 +411,20 @@ MUTATIONS = (
         ("logz/test_tempering.py::test_error_of_rungs_that_depend_on_one_another",),
     ),
     Mutation(
+        "batches of linear algebra left as they are",
+        "parallel.py",
+        "if on_cpu and linear_algebra.num_batches",
+        "if not on_cpu and linear_algebra.num_batches",
+        ("test_linear_algebra.py::test_no_program_waits_for_itself_or_for_another",),
+    ),
+    Mutation(
+        "a loop of a batch that goes on where its condition is met",
+        "linear_algebra.py",
+        "if still.ndim == 0:",
+        "if True:",
+        ("test_linear_algebra.py::test_the_answers_of_a_batch[while]",),
+    ),
+    Mutation(
         "density of a fitted reference without its share",
         "rebase.py",
         "jnp.log1p(-share) + main",

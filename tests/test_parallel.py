@@ -1,15 +1,11 @@
 """One function over many members: the parts, the same answers as one by one, and one trace whatever the data."""
 
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.scipy.linalg import solve_triangular
 
 from ebm_ppl import parallel
 
@@ -82,40 +78,3 @@ def test_a_program_that_runs_once():
 def test_errors_of_a_trace_are_raised():
     with pytest.raises(TypeError, match="unhashable"):
         parallel.over(_walk, parallel.split(_members(2)), 0.5, ["a list is no setting", object(), {1}])
-
-
-def _solve_often(x, factors):
-    """Two batches of triangular solves at a time, large enough for JAX to share each out among its threads."""
-
-    def body(_, pair):
-        first, second = (0.99 * solve_triangular(factors, x, lower=True) for x in pair)
-        return first + 0 * jnp.sum(second), second + 0 * jnp.sum(first)
-
-    return jax.lax.fori_loop(0, 300, body, (x, x + 1))
-
-
-WOULD_HANG = """
-import jax.numpy as jnp, numpy as np
-from ebm_ppl import parallel
-from test_parallel import _solve_often
-factors, x = jnp.ones((4, 1, 1)) * jnp.eye(10), jnp.ones((4, 4, 10, 1000))
-results = parallel.over(_solve_often, parallel.split(x), factors)
-np.testing.assert_allclose(results[3][1], 2 * 0.99**300, rtol=1e-3)
-"""
-
-
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="threads are for the CPU")
-def test_batches_of_linear_algebra_do_not_wait_for_one_another():
-    """Run by two threads at a time this program never ends on two cores."""
-    subprocess.run([sys.executable, "-c", WOULD_HANG], cwd=Path(__file__).parent, check=True, timeout=120)
-
-
-def _cholesky(member):
-    return jnp.linalg.cholesky(jnp.eye(3) + member)
-
-
-@pytest.mark.parametrize(("num", "in_threads"), [(4, True), (40, False)])
-def test_one_matrix_at_a_time_may_run_in_threads(num, in_threads):
-    """Parts of several members make a batch of the linear algebra of each."""
-    part = parallel.split(np.zeros(num))[0]
-    assert parallel.prepare_over(_cholesky, part).in_threads == in_threads
