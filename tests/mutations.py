@@ -425,6 +425,13 @@ MUTATIONS = (
         ("test_linear_algebra.py::test_the_answers_of_a_batch[while]",),
     ),
     Mutation(
+        "points of nested sampling believed whatever the first opinion says",
+        "logz/consultation.py",
+        "!= BY_PILOT and gap > -CONTRADICTION * noise",
+        '!= "" and gap > -CONTRADICTION * noise',
+        ("logz/test_consultation.py::test_points_of_nested_sampling_may_contradict_the_first",),
+    ),
+    Mutation(
         "density of a fitted reference without its share",
         "rebase.py",
         "jnp.log1p(-share) + main",
@@ -560,8 +567,8 @@ MUTATIONS = (
     Mutation(
         "weights kept by what they are themselves",
         "logz/fitted.py",
-        "if _can_be_trusted(found.seen) and final.pareto_k <= HEAVIEST:",
-        "if _can_be_trusted(final) and final.pareto_k <= 0.7:",
+        "keeps = behaved and final.pareto_k <= HEAVIEST",
+        "keeps = _can_be_trusted(final) and final.pareto_k <= 0.7",
         ("logz/test_fitted.py::test_draws_do_not_decide_whether_they_are_kept",),
     ),
     Mutation(

@@ -9,7 +9,9 @@
                 reference. Where the error is above `tol` it runs again, as much larger as that wants, if the budget
                 allows
     answer      the second opinion where that is clean and the first lies below it or agrees (an estimate can miss mass,
-                but weights cannot make it up); in doubt otherwise, with an error bar that reaches from one to the other
+                but weights cannot make it up). Nested sampling by itself, whose points no reference fits, can: of both
+                the sharper one, if they agree, with an error bar that reaches from one to the other. In doubt
+                otherwise, with such an error bar
 
 References:
     Skilling (2006), Nested sampling for general Bayesian computation; Del Moral, Doucet and Jasra (2006), Sequential
@@ -23,7 +25,7 @@ import math
 
 import jax
 
-from ebm_ppl.logz.fitted import IMPORTANCE, SHORT_PATH, FittedReference
+from ebm_ppl.logz.fitted import BY_PILOT, IMPORTANCE, SHORT_PATH, FittedReference
 from ebm_ppl.logz.integral import CONTRADICTION, Integral, attempt, imprecise, opinion_of
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.search import GOOD_ENOUGH
@@ -172,8 +174,13 @@ def _answer(first: Integral, second: Integral) -> tuple[Integral, str]:
     compared = f"{with_error(first.value, first.std_error)} and {with_error(second.value, second.std_error)}"
     if not (first.doubts or second.doubts) and abs(gap) <= CONTRADICTION * noise:
         return min(first, second, key=lambda opinion: opinion.std_error), f"{compared}: both are clean, and agree"
-    if first.doubts and not second.doubts and gap > -CONTRADICTION * noise:
-        return second, f"{compared}: the second is clean, and what the first may have missed is in it"
+    if first.doubts and not second.doubts:
+        if second.diagnostics.get("branch") == BY_PILOT and abs(gap) <= CONTRADICTION * noise:
+            sharper = min(first, second, key=lambda opinion: opinion.std_error)
+            widened = dataclasses.replace(sharper, std_error=math.hypot(sharper.std_error, gap), doubts=())
+            return widened, f"{compared}: neither by weights, and the error bar reaches from one to the other"
+        if second.diagnostics.get("branch") != BY_PILOT and gap > -CONTRADICTION * noise:
+            return second, f"{compared}: the second is clean, and what the first may have missed is in it"
     doubt = (
         f"Two estimates of log Z are {compared}, and not both are to be trusted: the error bar reaches from one to the "
         "other, and the truth may lie beyond. A reparametrised model helps."

@@ -43,6 +43,8 @@ IMPORTANCE = "importance sampling"
 """The branch of weights that behave."""
 SHORT_PATH = "SMC from the fitted reference"
 """The branch of weights that are heavy in their far tail only, or everywhere."""
+BY_PILOT = "the pilot"
+"""The same after nested sampling, whose own log Z is then the estimate."""
 CLOUD = 2000
 """Points that are fitted of a pilot of nested sampling."""
 LARGEST_K_OF_FEW = 0.85
@@ -113,7 +115,8 @@ class FittedReference:
             f"log Z {with_error(final.value, final.std_error)}"
         )
         failed: tuple[str, ...] = ()
-        answer = attempt(lambda: self._estimate(key_path, target, pilot, found, final))
+        keeps = behaved and final.pareto_k <= HEAVIEST  # beyond it weights have no mean at all
+        answer = _by_weights(final) if keeps else attempt(lambda: self._past_weights(key_path, target, pilot, found))
         if isinstance(answer, EnergyError):
             failed = (f"The draws of the fitted reference have heavy tails, and SMC failed where they do: {answer}",)
             answer = _by_weights(final)
@@ -138,14 +141,10 @@ class FittedReference:
             },
         )
 
-    def _estimate(
-        self, key: PRNGKey, target: Tilted, pilot: Pilot, found: Search, final: Weighed
-    ) -> tuple[Opinion, str, float]:
-        """The answer, the branch that it comes from, and the evaluations that it took beyond the draws."""
-        if _can_be_trusted(found.seen) and final.pareto_k <= HEAVIEST:  # else they have no mean at all
-            return _by_weights(final)
+    def _past_weights(self, key: PRNGKey, target: Tilted, pilot: Pilot, found: Search) -> tuple[Opinion, str, float]:
+        """The answer where weights give none, the branch that it comes from, and the evaluations that it took."""
         if isinstance(self.pilot, NestedSampling):
-            return pilot.opinion, "the pilot", 0.0
+            return pilot.opinion, BY_PILOT, 0.0
         seen = found.seen
         is_near = seen.effective_share >= SMALL_SHARE or seen.pareto_k <= HEAVIEST
         start = found.reference if is_near else target

@@ -9,7 +9,7 @@ from problems import FUNNEL_IN_A_BOX, PROBLEMS, funnel_in_a_box
 import ebm_ppl as ebm
 from ebm_ppl.logz import consultation
 from ebm_ppl.logz.consultation import MOST_COORDINATES, _doubted
-from ebm_ppl.logz.fitted import IMPORTANCE, SHORT_PATH
+from ebm_ppl.logz.fitted import BY_PILOT, IMPORTANCE, SHORT_PATH
 from ebm_ppl.logz.integral import Integral
 
 SMALL = ebm.SMC(num_particles=300, target_ess=0.5, num_moves=2)
@@ -17,10 +17,9 @@ FIRST = ebm.FittedReference(pilot=SMALL, fallback=SMALL, num_draws=1024, max_dra
 NESTED = ebm.NestedSampling(num_live=60, num_delete=12)
 
 
-def opinion(value, std_error, *doubts):
-    by_weights = {"branch": IMPORTANCE}
-    said = (f"said {value}",)
-    return Integral(value, std_error, num_evaluations=100, story=said, doubts=doubts, diagnostics=by_weights)
+def opinion(value, std_error, *doubts, branch=IMPORTANCE):
+    said, diagnostics = (f"said {value}",), {"branch": branch}
+    return Integral(value, std_error, num_evaluations=100, story=said, doubts=doubts, diagnostics=diagnostics)
 
 
 def consult(monkeypatch, first, second, **settings):
@@ -47,6 +46,19 @@ def test_a_second_opinion_that_lies_lower_settles_nothing(monkeypatch):
     found = consult(monkeypatch, opinion(-3.0, 0.01, "heavy tails"), opinion(-5.0, 0.04))
     assert found.value == -3.0 and found.std_error >= 2.0
     assert "not both" in found.doubts[0] and "heavy tails" in found.doubts
+
+
+@pytest.mark.parametrize("second", [-3.5, -4.5])
+def test_points_of_nested_sampling_may_make_up_mass(monkeypatch, second):
+    """On a lattice of wells they were a nat too high, by four of their own errors."""
+    found = consult(monkeypatch, opinion(-4.0, 0.1, "heavy tails"), opinion(second, 0.2, branch=BY_PILOT), tol=1.0)
+    assert (found.value, found.doubts) == (-4.0, ()) and 0.5 < found.std_error < 0.6
+
+
+@pytest.mark.parametrize("second", [-2.0, -6.0])
+def test_points_of_nested_sampling_may_contradict_the_first(monkeypatch, second):
+    found = consult(monkeypatch, opinion(-4.0, 0.1, "heavy tails"), opinion(second, 0.2, branch=BY_PILOT), tol=1.0)
+    assert found.std_error >= 2.0 and "not both" in found.doubts[0]
 
 
 def test_two_doubtful_opinions_make_no_answer(monkeypatch):
