@@ -3,7 +3,7 @@
     each run                     its cloud, in whose place a stage puts the next
     the runs that go together    temporary arrays, which `SMC(chunk_size=...)` makes smaller
 
-A program that cannot fit into its device is refused once it is compiled (`parallel.require_room`).
+Runs that cannot fit into their device are refused once their program is compiled (`parallel.caller`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import jax
 
 from ebm_ppl import parallel, smc
-from ebm_ppl.parallel import Program
 from ebm_ppl.sharding import Mesh
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Tilted
@@ -29,9 +28,4 @@ def memory(target: Tilted, sampler: SMC, *, num_runs: int = 1, mesh: Mesh | None
         target, sampler, num_runs, mesh: as they will be passed to `log_z`.
     """
     layout, keys, target = smc.laid_out(jax.random.key(0), target, sampler, num_runs, mesh)
-    return max(_bytes(program, len(keys)) for program in smc.prepare(target, sampler, layout, keys))
-
-
-def _bytes(program: Program, num_parts: int) -> int:
-    held = program.compiled.result().memory_analysis()
-    return num_parts * parallel.held_bytes(held) + parallel.at_once(program, num_parts) * held.temp_size_in_bytes
+    return max(parallel.num_bytes(program, len(keys)) for program in smc.prepare(target, sampler, layout, keys))

@@ -76,7 +76,7 @@ def over(
             them; the parts are then gone.
     """
     program = prepare_over(function, parts[0], *shared, hurry=hurry, mesh=mesh, in_place=in_place)
-    call = caller(program, mesh)
+    call = caller(program, len(parts), mesh)
     if len(parts) == 1:
         return [call(parts[0], *shared)]
     submit = submitter(program, len(parts))
@@ -116,9 +116,14 @@ def at_once(program: Program, num_parts: int) -> int:
     return min(num_parts, _num_cores()) if program.in_threads else 1
 
 
-def caller(program: Program, mesh: Mesh | None) -> Callable:
-    """`(part, *shared) -> result`, by a program of `prepare_over`."""
+def caller(program: Program, num_parts: int, mesh: Mesh | None) -> Callable:
+    """`(part, *shared) -> result`, by a program of `prepare_over`.
+
+    Raises:
+        OutOfMemoryError: where the parts cannot fit, before any of them runs.
+    """
     compiled = program.compiled.result()
+    _require_room(num_bytes(program, num_parts))
 
     def call(part: Any, *shared: Any) -> Any:
         shared = eqx.filter(shared, _is_array)
@@ -211,25 +216,21 @@ def _program(
     beside_itself = not linear_algebra.may_wait_forever(jaxpr)
     if on_mesh and not beside_itself:
         sharding.require_devices_that_do_not_wait(avals)
-    compiled = _COMPILER.submit(_compiled, traced.lower(), options)
+    compiled = _COMPILER.submit(traced.lower().compile, options)
     return Program(traced.out_info, compiled, beside_itself and not on_mesh)
 
 
-def _compiled(lowered: Any, options: dict[str, Any]) -> Any:
-    compiled = lowered.compile(options)
-    held = compiled.memory_analysis()
-    if held is not None:  # which not every backend tells
-        require_room(held_bytes(held) + held.temp_size_in_bytes)
-    return compiled
+def num_bytes(program: Program, num_parts: int) -> int:
+    """What all parts hold, and those that run at the same time beside it; 0 where the compiler does not tell."""
+    held = program.compiled.result().memory_analysis()
+    if held is None:
+        return 0
+    # Some of the results may take the memory of arguments.
+    own = held.argument_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes
+    return num_parts * own + at_once(program, num_parts) * held.temp_size_in_bytes
 
 
-def held_bytes(held: Any) -> int:
-    """Of arguments and results, some of which may share their memory."""
-    return held.argument_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes
-
-
-def require_room(num_bytes: int) -> None:
-    """Raises where a device cannot hold so much, as far as its memory is known."""
+def _require_room(num_bytes: int) -> None:
     room = _room()
     if room is not None and num_bytes > room:
         raise OutOfMemoryError(

@@ -61,7 +61,7 @@ def in_pieces(
         capacity: most steps that a record has room for.
     """
     program = parallel.prepare_over(function, parts[0], *shared, np.array([number, 0]), mesh=mesh)
-    call, submit = parallel.caller(program, mesh), parallel.submitter(program, len(parts))
+    call, submit = parallel.caller(program, len(parts), mesh), parallel.submitter(program, len(parts))
 
     def make(index: int, part: Any, start: int, count: int) -> Piece:
         begun = time.perf_counter()

@@ -432,6 +432,13 @@ MUTATIONS = (
         ("logz/test_consultation.py::test_points_of_nested_sampling_may_contradict_the_first",),
     ),
     Mutation(
+        "room for one run where several go together",
+        "parallel.py",
+        "_require_room(num_bytes(program, num_parts))",
+        "_require_room(num_bytes(program, 1))",
+        ("test_sharding.py::test_runs_that_go_together_must_fit_together",),
+    ),
+    Mutation(
         "density of a fitted reference without its share",
         "rebase.py",
         "jnp.log1p(-share) + main",

@@ -61,8 +61,8 @@ def test_no_part_waits_for_another(monkeypatch):
     two = parallel.split(np.zeros(2))
     real = parallel.caller
 
-    def caller(program, mesh):
-        call = real(program, mesh)
+    def caller(program, num_parts, mesh):
+        call = real(program, num_parts, mesh)
 
         def delayed(part, *shared):
             if float(part[0]) == 0 and next(first):

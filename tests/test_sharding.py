@@ -202,3 +202,11 @@ def test_what_does_not_fit_is_refused_before_it_runs(monkeypatch):
     monkeypatch.setattr(parallel, "_room", lambda: 10_000)
     with pytest.raises(ebm.OutOfMemoryError, match=r"chunk_size"):
         ebm.log_z(jax.random.key(0), target(), ebm.SMC(num_particles=2000))
+
+
+def test_runs_that_go_together_must_fit_together(monkeypatch):
+    sampler = ebm.SMC(num_particles=100, kernel=ebm.MALA(), num_moves=1)
+    monkeypatch.setattr(parallel, "_room", lambda: ebm.memory(target(), sampler, num_runs=2) - 1)
+    ebm.log_z(jax.random.key(0), target(), sampler)
+    with pytest.raises(ebm.OutOfMemoryError, match=r"chunk_size"):
+        ebm.log_z(jax.random.key(0), target(), sampler, num_runs=2)
