@@ -54,7 +54,7 @@ def crosswise(halves: Array, centring: Centring | None, points: Array) -> tuple[
         points: how many independent ones a half is worth.
     """
     others = list(halves[::-1] if centring is None else jax.vmap(coordinates_of)(halves[::-1], centring))
-    # Not by vmap: with a batch of matrices the runs would have to go one at a time (`xla.may_run_beside_itself`).
+    # Not by vmap: with a batch of matrices the runs would have to go one at a time (`linear_algebra.py`).
     scales = [DenseScale.of_cloud(other, points) for other in others]
     centres = jnp.stack([jnp.mean(other, axis=0) for other in others])
     return jax.tree.map(lambda *of_halves: jnp.stack(of_halves), *scales), centring, centres

@@ -300,7 +300,7 @@ def _improve(mixture: StudentMixture, x: Array, weights: Array) -> tuple[Student
         scatter, mass, points = of_component
         return DenseScale.of_covariance((points * scatter / mass + dim * pooled) / (points + dim))
 
-    # Component by component: a batch of matrices would not run in threads (`xla.may_run_beside_itself`).
+    # Component by component: a batch of matrices would not run in threads (`linear_algebra.py`).
     scales = jax.lax.map(scale, (scatters, mass, points))
     return StudentMixture(jnp.log(mass), mean, scales.factor, scales.inverse, mixture.degrees), weights @ log_density
 
