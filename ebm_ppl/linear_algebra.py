@@ -2,11 +2,13 @@
 
 JAX shares a batch of matrices out among the threads of XLA, and waits for them in one of these same threads. Where each
 of them is in such a call, none is left to do the work: on two cores, two independent batches of Cholesky factors in one
-program never end. A loop over the matrices waits for nobody; without a second core, it takes up to twice the time.
+program never end. A loop over the matrices waits for nobody. It has no second core, and on one core takes up to six
+times as long for matrices of two rows, next to no longer for those of twenty.
 
     matrix_by_matrix(f)(*args) = f(*args)           f with its batches as loops
-    num_batches(jaxpr)                              whether they are enough to block all threads
-    may_wait_forever(jaxpr)                         what is left of them, and foreign calls
+    num_batches(jaxpr)                              fewer of them than there are threads cannot block all
+    may_wait_forever(jaxpr)                         whether any is left, or a transform in several dimensions, or a
+                                                    call of foreign code
 
 A batch is made by `jax.vmap` of what a model does for one point, so it is the traced program that is changed:
 
@@ -105,12 +107,9 @@ def _results(jaxpr: Jaxpr, eqn: Any, operands: list[Any]) -> list[Any]:
     """Of an equation, with the batches that are in it in turn."""
     if _is_batch(eqn):
         return _one_by_one(jaxpr, eqn, operands)
-    if any(map(_is_batch, _within(eqn))):
-        name = eqn.primitive.name
-        if name in _STRUCTURES:
-            return _STRUCTURES[name](eqn.params, operands)
-        if (body := _called(eqn)) is not None:
-            return _evaluate(body, *operands)
+    structure = _STRUCTURES.get(eqn.primitive.name)
+    if structure is not None and any(map(_is_batch, _within(eqn))):
+        return structure(eqn.params, operands)
     return _as_it_is(jaxpr, eqn, operands)
 
 
@@ -130,7 +129,8 @@ def _one_by_one(jaxpr: Jaxpr, eqn: Any, operands: list[Any]) -> list[Any]:
 
 def _within(eqn: Any) -> Iterator[Any]:
     """The equations of the loop or call that an equation is."""
-    for value in eqn.params.values():
+    is_solve = eqn.primitive.name == "custom_linear_solve"  # of whose programs one alone is run
+    for value in [eqn.params["jaxprs"].solve] if is_solve else eqn.params.values():
         for body in value if isinstance(value, tuple | list) else [value]:
             body = getattr(body, "jaxpr", body)
             if hasattr(body, "eqns"):
@@ -141,7 +141,7 @@ def _while(params: dict[str, Any], operands: list[Any]) -> list[Any]:
     of_condition, of_body, start = _split(operands, params["cond_nconsts"], params["body_nconsts"])
 
     def goes_on(carry: list[Any]) -> jax.Array:
-        return _evaluate(params["cond_jaxpr"], *of_condition, *carry)[0]
+        return jnp.asarray(_evaluate(params["cond_jaxpr"], *of_condition, *carry)[0])
 
     def step(carry: list[Any]) -> list[Any]:
         after, still = _evaluate(params["body_jaxpr"], *of_body, *carry), goes_on(carry)
@@ -168,6 +168,10 @@ def _scan(params: dict[str, Any], operands: list[Any]) -> list[Any]:
 
 def _cond(params: dict[str, Any], operands: list[Any]) -> list[Any]:
     branches = [functools.partial(_evaluate, branch) for branch in params["branches"]]
+    platforms = params.get("branches_platforms")
+    if platforms is not None:  # one for each, and those of others need not compile here
+        here = next(i for i, names in enumerate(platforms) if names is None or "cpu" in names)
+        return branches[here](*operands[1:])
     return jax.lax.switch(operands[0], branches, *operands[1:])
 
 
@@ -184,22 +188,26 @@ def _shard_map(params: dict[str, Any], operands: list[Any]) -> list[Any]:
     return list(jax.shard_map(lambda *own: tuple(_evaluate(body, *own)), axis_names=axes, **settings)(*operands))
 
 
+def _checkpoint(params: dict[str, Any], operands: list[Any]) -> list[Any]:
+    if params["prevent_cse"] and params["differentiated"]:  # or what is made anew would be kept after all
+        operands = list(jax.lax.optimization_barrier(operands))
+    return _evaluate(ClosedJaxpr(params["jaxpr"], ()), *operands)
+
+
+def _call(params: dict[str, Any], operands: list[Any]) -> list[Any]:
+    return _evaluate(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"], *operands)
+
+
 _STRUCTURES = {
     "while": _while,
     "scan": _scan,
     "cond": _cond,
     "custom_linear_solve": _linear_solve,
     "shard_map": _shard_map,
-}
-
-
-def _called(eqn: Any) -> ClosedJaxpr | None:
-    """The program of a call, which takes its operands as they are; None for what is no such call."""
-    for name in ("jaxpr", "call_jaxpr"):
-        body = eqn.params.get(name)
-        if body is not None and len(body.in_avals) == len(eqn.invars):
-            return body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ())
-    return None
+    "checkpoint": _checkpoint,
+    "remat2": _checkpoint,
+} | dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"), _call)
+"""What is looked into; any other is left as it is, and what it holds may wait."""
 
 
 def _split(operands: list[Any], *lengths: int) -> list[list[Any]]:

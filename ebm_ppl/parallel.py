@@ -20,6 +20,7 @@ must be traced in one thread, which `jax.jit` does not promise; hence the cache 
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,6 +56,8 @@ class Program(NamedTuple):
     compiled: Future
     in_threads: bool
     """Whether several threads may run it at the same time."""
+    shared: int
+    """Bytes of arguments after the first, which all parts share."""
 
 
 def over(
@@ -102,8 +105,9 @@ def prepare_over(
 
 def once(function: Callable, *args: Any) -> Any:
     """`function(*args)`, compiled in a hurry: where it runs once, compiling fast matters more than running fast."""
-    program = prepare_once(function, *args).compiled.result()
-    return program(*eqx.filter(args, _is_array))
+    program = prepare_once(function, *args)
+    _require_room(num_bytes(program, 1))
+    return program.compiled.result()(*eqx.filter(args, _is_array))
 
 
 def prepare_once(function: Callable, *args: Any) -> Program:
@@ -217,7 +221,8 @@ def _program(
     if on_mesh and not beside_itself:
         sharding.require_devices_that_do_not_wait(avals)
     compiled = _COMPILER.submit(traced.lower().compile, options)
-    return Program(traced.out_info, compiled, beside_itself and not on_mesh)
+    shared = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays[1:]))
+    return Program(traced.out_info, compiled, beside_itself and not on_mesh, shared)
 
 
 def num_bytes(program: Program, num_parts: int) -> int:
@@ -225,9 +230,10 @@ def num_bytes(program: Program, num_parts: int) -> int:
     held = program.compiled.result().memory_analysis()
     if held is None:
         return 0
+    shared = min(program.shared, held.argument_size_in_bytes)
     # Some of the results may take the memory of arguments.
-    own = held.argument_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes
-    return num_parts * own + at_once(program, num_parts) * held.temp_size_in_bytes
+    own = held.argument_size_in_bytes - shared + held.output_size_in_bytes - held.alias_size_in_bytes
+    return shared + num_parts * own + at_once(program, num_parts) * held.temp_size_in_bytes
 
 
 def _require_room(num_bytes: int) -> None:

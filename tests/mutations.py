@@ -427,8 +427,8 @@ MUTATIONS = (
     Mutation(
         "points of nested sampling believed whatever the first opinion says",
         "logz/consultation.py",
-        "!= BY_PILOT and gap > -CONTRADICTION * noise",
-        '!= "" and gap > -CONTRADICTION * noise',
+        'return second.diagnostics.get("branch") == BY_PILOT',
+        "return False",
         ("logz/test_consultation.py::test_points_of_nested_sampling_may_contradict_the_first",),
     ),
     Mutation(
@@ -437,6 +437,20 @@ MUTATIONS = (
         "_require_room(num_bytes(program, num_parts))",
         "_require_room(num_bytes(program, 1))",
         ("test_sharding.py::test_runs_that_go_together_must_fit_together",),
+    ),
+    Mutation(
+        "modes that the first opinion has met kept from the second",
+        "logz/consultation.py",
+        "functools.partial(self._by_nested, modes=modes)",
+        "functools.partial(self._by_nested, modes=None)",
+        ("logz/test_consultation.py::test_modes_that_the_first_has_met_are_told_to_the_second",),
+    ),
+    Mutation(
+        "modes known from before forgotten by a search",
+        "logz/search.py",
+        "find_modes(target, starts, deviation, known)",
+        "find_modes(target, starts, deviation, None)",
+        ("logz/test_search.py::test_modes_known_from_before",),
     ),
     Mutation(
         "density of a fitted reference without its share",

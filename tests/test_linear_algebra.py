@@ -34,6 +34,14 @@ def _while_it_is_large(x):
     return jax.lax.while_loop(lambda x: jnp.linalg.cholesky(x)[0, 0] > 1, smaller, x)
 
 
+def _while_not(x):
+    return jax.lax.while_loop(lambda x: False, jnp.linalg.cholesky, x)
+
+
+def _on_this_platform(x):
+    return jax.lax.platform_dependent(x, tpu=lambda x: jnp.linalg.inv(x), default=jnp.linalg.cholesky)
+
+
 def _scanned(x):
     def step(carry, shift):
         return carry + jnp.linalg.cholesky(x + shift * jnp.eye(4)), jnp.linalg.eigvalsh(carry + carry.T)
@@ -70,6 +78,9 @@ CASES = {
     "checkpoint": jax.checkpoint(jnp.linalg.cholesky),
     "custom rule": _with_a_rule,
     "while": _while_it_is_large,
+    "while, never": _while_not,
+    "platform": _on_this_platform,
+    "checkpoint, differentiated": jax.grad(jax.checkpoint(lambda x: jnp.sum(jnp.linalg.cholesky(x)))),
     "scan": _scanned,
     "cond, as a select": _either,
 }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ebm_ppl import parallel
+from ebm_ppl.typing import OutOfMemoryError
 
 TRACED_IN = []
 
@@ -78,3 +79,21 @@ def test_a_program_that_runs_once():
 def test_errors_of_a_trace_are_raised():
     with pytest.raises(TypeError, match="unhashable"):
         parallel.over(_walk, parallel.split(_members(2)), 0.5, ["a list is no setting", object(), {1}])
+
+
+def _shifted(member, data):
+    return member + jnp.sum(data)
+
+
+def test_memory_that_parts_share_counts_once():
+    parts, data = parallel.split(np.zeros(16)), np.ones(10_000)
+    program = parallel.prepare_over(_shifted, parts[0], data)
+    assert data.nbytes < parallel.num_bytes(program, 16) < 1.5 * data.nbytes
+
+
+def test_what_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(parallel, "_room", lambda: 1000)
+    with pytest.raises(OutOfMemoryError):
+        parallel.once(_shifted, np.zeros(1), np.ones(10_000))
+    with pytest.raises(OutOfMemoryError):
+        parallel.over(_shifted, [np.zeros(1)], np.ones(10_000))

@@ -5,12 +5,12 @@
                 `MOST_COORDINATES` dimensions, from any, where the pilot came the long way and its particles kept up);
                 with no doubts, and a standard error of at most `tol`: that is the answer
     second      in up to `MOST_COORDINATES` dimensions nested sampling, which needs no path of temperatures and no
-                gradients, and a reference fitted to its points; beyond, a large run of SMC from the model's own
-                reference. Where the error is above `tol` it runs again, as much larger as that wants, if the budget
-                allows
+                gradients, and a reference fitted to its points and to all modes known by then; beyond, a large run of
+                SMC from the model's own reference. Where the error is above `tol` it runs again, as much larger as
+                that wants, if the budget allows
     answer      the second opinion where that is clean and the first lies below it or agrees (an estimate can miss mass,
-                but weights cannot make it up). Nested sampling by itself, whose points no reference fits, can: of both
-                the sharper one, if they agree, with an error bar that reaches from one to the other. In doubt
+                but weights and SMC cannot make it up). Nested sampling by itself, whose points no reference fits, can:
+                of both the sharper one, if they agree, with an error bar that reaches from one to the other. In doubt
                 otherwise, with such an error bar
 
 References:
@@ -21,12 +21,14 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
 
 from ebm_ppl.logz.fitted import BY_PILOT, IMPORTANCE, SHORT_PATH, FittedReference
 from ebm_ppl.logz.integral import CONTRADICTION, Integral, attempt, imprecise, opinion_of
+from ebm_ppl.logz.modes import Modes
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.search import GOOD_ENOUGH
 from ebm_ppl.rebase import Joint
@@ -70,16 +72,17 @@ class Consultation:
     def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
         """log Z of all energies of a target at once, with the story of how it was reached."""
         key_first, key_second = jax.random.split(key)
-        first = attempt(lambda: _doubted(self.first.integrate(key_first, target), target.dim))
-        if isinstance(first, EnergyError):
-            return self._alone(key_second, target, first)
+        heard = attempt(lambda: self.first.explore(key_first, target))
+        if isinstance(heard, EnergyError):
+            return self._alone(key_second, target, heard)
+        first, modes = _doubted(heard[0], target.dim), heard[1]
         if not first.doubts and first.std_error <= self.tol:
             return dataclasses.replace(first, story=(*first.story, "clean: no second opinion is needed"))
         story = (*first.story, *(f"not clean: {doubt}" for doubt in first.doubts))
         if first.doubts:
-            second = attempt(lambda: self._second(key_second, target, self.budget - first.num_evaluations))
+            second = attempt(lambda: self._second(key_second, target, self.budget - first.num_evaluations, modes))
         else:
-            second = attempt(lambda: self._again(key_second, target, first))
+            second = attempt(lambda: self._again(key_second, target, first, modes))
         if isinstance(second, EnergyError):
             doubt = f"There is no second opinion to settle the doubts about the first: {second}"
             told = f"no second opinion (what it took until it failed, if anything, is not counted: {second})"
@@ -87,36 +90,44 @@ class Consultation:
             return dataclasses.replace(first, story=(*story, told), doubts=doubts)
         answer, why = _answer(first, second)
         answer = dataclasses.replace(answer, doubts=answer.doubts or imprecise(answer.std_error, self.tol))
+        told = {"first": first.value, "second": second.value}
         return dataclasses.replace(
             answer,
             num_evaluations=first.num_evaluations + second.num_evaluations,
             num_nan=first.num_nan + second.num_nan,
             story=(*story, *second.story, why),
-            diagnostics={"first": first.value, "second": second.value, **first.diagnostics, **second.diagnostics},
+            diagnostics={**first.diagnostics, **second.diagnostics, **answer.diagnostics, **told},
         )
 
     def _alone(self, key: PRNGKey, target: Tilted, error: EnergyError) -> Integral:
         """The second opinion, where the first ended in an error: raised again if there is no second either."""
-        second = attempt(lambda: self._second(key, target, self.budget))
+        second = attempt(lambda: self._second(key, target, self.budget, None))
         if isinstance(second, EnergyError):
             raise error from second
         told = f"no first opinion (what it took until it failed is not counted: {error})"
-        doubts = second.doubts or imprecise(second.std_error, self.tol)
+        alone = ("Nothing confirms what nested sampling says: no reference fits its points, and SMC failed.",)
+        doubts = second.doubts + alone * _is_by_points(second) or imprecise(second.std_error, self.tol)
         return dataclasses.replace(second, story=(told, *second.story), doubts=doubts)
 
-    def _again(self, key: PRNGKey, target: Tilted, first: Integral) -> Integral:
+    def _again(self, key: PRNGKey, target: Tilted, first: Integral, modes: Modes) -> Integral:
         """The first opinion once more, to the error wanted, as near to it as the budget allows."""
         room = self.budget - 2 * first.num_evaluations  # the search is made once more, too
         if room < self.first.num_draws:
             raise EnergyError(f"the budget of {self.budget:g} evaluations is used up.")
         most = min(self.first.max_draws, 2 ** math.floor(math.log2(room)))
-        return dataclasses.replace(self.first, tol=self.tol, max_draws=most).integrate(key, target)
+        return dataclasses.replace(self.first, tol=self.tol, max_draws=most).explore(key, target, modes)[0]
 
-    def _second(self, key: PRNGKey, target: Tilted, budget: float) -> Integral:
-        """The opinion of another family; larger, once, where its error is above the one wanted."""
+    def _second(self, key: PRNGKey, target: Tilted, budget: float, modes: Modes | None) -> Integral:
+        """The opinion of another family; larger, once, where its error is above the one wanted.
+
+        Args:
+            modes: what the first has met, which is no opinion: a mode that the second does not meet is there all the
+                same, and its weights would not miss it.
+        """
         if budget <= 0:
             raise EnergyError(f"the budget of {self.budget:g} evaluations is used up.")
-        ask = self._by_nested if target.dim <= MOST_COORDINATES else self._by_tempering
+        by_nested = functools.partial(self._by_nested, modes=modes)
+        ask = by_nested if target.dim <= MOST_COORDINATES else self._by_tempering
         key, key_again = jax.random.split(key)
         second = ask(key, target, 1.0)
         larger = min((second.std_error / self.tol) ** 2 * MARGIN, MOST_LARGER)
@@ -133,10 +144,10 @@ class Consultation:
             story=(*second.story, f"{larger:.1f} times larger for the error wanted", *again.story),
         )
 
-    def _by_nested(self, key: PRNGKey, target: Tilted, larger: float) -> Integral:
+    def _by_nested(self, key: PRNGKey, target: Tilted, larger: float, modes: Modes | None) -> Integral:
         live, delete = (math.ceil(num * larger) for num in (self.nested.num_live, self.nested.num_delete))
         pilot = dataclasses.replace(self.nested, num_live=live, num_delete=delete)
-        return dataclasses.replace(self.first, pilot=pilot).integrate(key, target)
+        return dataclasses.replace(self.first, pilot=pilot).explore(key, target, modes)[0]
 
     def _by_tempering(self, key: PRNGKey, target: Tilted, larger: float) -> Integral:
         num = 2 * math.ceil(self.tempered.num_particles * larger / 2)
@@ -167,6 +178,11 @@ def _doubted(first: Integral, dim: int) -> Integral:
     return dataclasses.replace(first, doubts=(doubt, *first.doubts))
 
 
+def _is_by_points(second: Integral) -> bool:
+    """Whether it is what nested sampling says by itself, as no reference fits its points."""
+    return second.diagnostics.get("branch") == BY_PILOT
+
+
 def _answer(first: Integral, second: Integral) -> tuple[Integral, str]:
     """What two opinions, of which the first is not clean, come to."""
     gap = second.value - first.value
@@ -175,12 +191,13 @@ def _answer(first: Integral, second: Integral) -> tuple[Integral, str]:
     if not (first.doubts or second.doubts) and abs(gap) <= CONTRADICTION * noise:
         return min(first, second, key=lambda opinion: opinion.std_error), f"{compared}: both are clean, and agree"
     if first.doubts and not second.doubts:
-        if second.diagnostics.get("branch") == BY_PILOT and abs(gap) <= CONTRADICTION * noise:
+        by_points, agree = _is_by_points(second), abs(gap) <= CONTRADICTION * noise
+        if not by_points and (agree or gap > 0):
+            return second, f"{compared}: the second is clean, and what the first may have missed is in it"
+        if by_points and agree:
             sharper = min(first, second, key=lambda opinion: opinion.std_error)
             widened = dataclasses.replace(sharper, std_error=math.hypot(sharper.std_error, gap), doubts=())
-            return widened, f"{compared}: neither by weights, and the error bar reaches from one to the other"
-        if second.diagnostics.get("branch") != BY_PILOT and gap > -CONTRADICTION * noise:
-            return second, f"{compared}: the second is clean, and what the first may have missed is in it"
+            return widened, f"{compared}: the second is not by weights, and the error bar reaches from one to the other"
     doubt = (
         f"Two estimates of log Z are {compared}, and not both are to be trusted: the error bar reaches from one to the "
         "other, and the truth may lie beyond. A reparametrised model helps."

@@ -33,6 +33,7 @@ from ebm_ppl import smc
 from ebm_ppl.flow import Flow
 from ebm_ppl.logz.importance import BLOCKS, HAS_VARIANCE, HEAVIEST, Weighed, weigh
 from ebm_ppl.logz.integral import CONTRADICTION, FEW, Integral, Opinion, attempt, opinion_of
+from ebm_ppl.logz.modes import Modes
 from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.search import Effort, Search, find_reference
 from ebm_ppl.smc import SMC, lags
@@ -44,7 +45,7 @@ IMPORTANCE = "importance sampling"
 SHORT_PATH = "SMC from the fitted reference"
 """The branch of weights that are heavy in their far tail only, or everywhere."""
 BY_PILOT = "the pilot"
-"""The same after nested sampling, whose own log Z is then the estimate."""
+"""The branch of heavy weights after a pilot of nested sampling, whose own log Z is the estimate."""
 CLOUD = 2000
 """Points that are fitted of a pilot of nested sampling."""
 LARGEST_K_OF_FEW = 0.85
@@ -101,11 +102,15 @@ class FittedReference:
 
     def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
         """log Z of all energies of a target at once, from one pilot, one fitted reference and one estimate."""
+        return self.explore(key, target)[0]
+
+    def explore(self, key: PRNGKey, target: Tilted, known: Modes | None = None) -> tuple[Integral, Modes]:
+        """As `integrate`, with the modes that ascents have met, to which those of an earlier search may be added."""
         key_pilot, key_fit, key_final, key_path = jax.random.split(key, 4)
         pilot = _pilot(key_pilot, target, self.pilot)
         opinion, story = pilot.opinion, [pilot.story]
         effort = Effort(self.num_ascents, self.num_draws, self.max_refits, self.defence, self.flow)
-        found = find_reference(key_fit, target, pilot.cloud, opinion.value, effort, story)
+        found, modes = find_reference(key_fit, target, pilot.cloud, opinion.value, effort, story, known)
         search = opinion.num_evaluations + found.num_evaluations
         behaved = _can_be_trusted(found.seen)
         final = weigh(key_final, found.reference, _enough(found.seen, search, self)) if behaved else found.seen
@@ -123,7 +128,7 @@ class FittedReference:
         estimate, branch, more = answer
         if branch != IMPORTANCE:
             story.append(f"heavy tails, so {branch}: log Z {estimate}")
-        return Integral(
+        answered = Integral(
             value=estimate.value,
             std_error=estimate.std_error,
             num_evaluations=search + final.num * behaved + more,
@@ -140,9 +145,10 @@ class FittedReference:
                 "drift_of_pilot": opinion.drift,
             },
         )
+        return answered, modes
 
     def _past_weights(self, key: PRNGKey, target: Tilted, pilot: Pilot, found: Search) -> tuple[Opinion, str, float]:
-        """The answer where weights give none, the branch that it comes from, and the evaluations that it took."""
+        """The answer where weights give none, the branch that it comes from, and its evaluations beyond the draws."""
         if isinstance(self.pilot, NestedSampling):
             return pilot.opinion, BY_PILOT, 0.0
         seen = found.seen

@@ -110,17 +110,26 @@ class Placed(eqx.Module):
 
 
 def find_reference(
-    key: PRNGKey, target: Tilted, cloud: np.ndarray, log_z: float, effort: Effort, story: list[str]
-) -> Search:
-    """The best of the fits, each told as a line of the story.
+    key: PRNGKey,
+    target: Tilted,
+    cloud: np.ndarray,
+    log_z: float,
+    effort: Effort,
+    story: list[str],
+    known: Modes | None = None,
+) -> tuple[Search, Modes]:
+    """The best of the fits, each told as a line of the story, and all modes that are known now.
 
     Args:
         cloud: points near the target, equally weighted, shape (num, dim).
         log_z: about that of the target, which says what a mode is worth.
+        known: modes that an earlier search has met.
     """
     key_modes, key_given, key_learned = jax.random.split(key, 3)
-    modes, evaluations = _modes(key_modes, target, cloud, effort.num_ascents)
-    story.append(f"{np.sum(modes.hits)} ascents arrived: {len(modes.z)} modes, {modes.num_once} of them met once")
+    modes, evaluations = _modes(key_modes, target, cloud, effort.num_ascents, known)
+    before = f", {len(known.z)} of them from before" if known is not None else ""
+    arrived = np.sum(modes.hits) - (np.sum(known.hits) if known is not None else 0)
+    story.append(f"{arrived} ascents arrived: {len(modes.z)} modes{before}, {modes.num_once} of them met once")
     gradients = None
     if attainable_share(cloud) < GOOD_SHARE:
         parts = parallel.over(_gradient, parallel.split(jnp.asarray(cloud)), target)
@@ -136,7 +145,7 @@ def find_reference(
             best = _better(best, _fits(key_learned, given, centring))
     if effort.flow is not None:
         best = _better(best, _with_flow(jax.random.fold_in(key, 3), given, best, effort.flow))
-    return best._replace(num_evaluations=evaluations + best.num_evaluations)
+    return best._replace(num_evaluations=evaluations + best.num_evaluations), modes
 
 
 def _fits(key: PRNGKey, given: Given, centring: Centring) -> Search:
@@ -255,12 +264,12 @@ def _all_placed(u: Array, centring: Centring) -> Array:
     return jax.vmap(centring.place)(u)[0]
 
 
-def _modes(key: PRNGKey, target: Tilted, cloud: np.ndarray, num: int) -> tuple[Modes, int]:
+def _modes(key: PRNGKey, target: Tilted, cloud: np.ndarray, num: int, known: Modes | None) -> tuple[Modes, int]:
     """Modes by ascents from draws of the reference, and a few from the cloud, until none has been met only once."""
     few = num // 4
     starts = np.concatenate([draw_own(key, target, num - few), cloud[:few]])
     deviation = spread_of(starts)
-    modes, evaluations = find_modes(target, starts, deviation)
+    modes, evaluations = find_modes(target, starts, deviation, known)
     for again in range(1, MOST_SEARCHES):
         # Where most have been met only once they are beyond counting, and no search would end.
         if not 0 < modes.num_once < len(modes.z) / 2:

@@ -22,11 +22,15 @@ def opinion(value, std_error, *doubts, branch=IMPORTANCE):
     return Integral(value, std_error, num_evaluations=100, story=said, doubts=doubts, diagnostics=diagnostics)
 
 
+def doubtful(self, key, target, known=None):
+    return opinion(-5.0, 0.01, "heavy tails"), "its modes"
+
+
 def consult(monkeypatch, first, second, **settings):
     """What comes of two given opinions, the second of either family."""
     opinions = iter([first, second])
-    monkeypatch.setattr(ebm.FittedReference, "integrate", lambda self, key, target: next(opinions))
-    monkeypatch.setattr(ebm.Consultation, "_by_nested", lambda self, key, target, larger: next(opinions))
+    monkeypatch.setattr(ebm.FittedReference, "explore", lambda self, key, target, known=None: (next(opinions), known))
+    monkeypatch.setattr(ebm.Consultation, "_by_nested", lambda self, key, target, larger, modes: next(opinions))
     return ebm.Consultation(**settings).integrate(jax.random.key(0), PROBLEMS["regression"].target())
 
 
@@ -42,6 +46,20 @@ def test_mass_that_the_first_missed_is_in_the_second(monkeypatch):
     assert "not clean: heavy tails" in found.story and "said -3.0" in found.story
 
 
+@pytest.mark.parametrize("doubts", [("heavy tails",), ()])
+def test_modes_that_the_first_has_met_are_told_to_the_second(monkeypatch, doubts):
+    """Of forty modes nested sampling and its ascents missed two, without a doubt, and the first had met them."""
+    told = []
+
+    def explore(self, key, target, known=None):
+        told.append(known)
+        return opinion(-3.0, 0.2, *doubts), "its modes"
+
+    monkeypatch.setattr(ebm.FittedReference, "explore", explore)
+    ebm.Consultation(tol=0.1).integrate(jax.random.key(0), PROBLEMS["regression"].target())
+    assert told == [None, "its modes"]
+
+
 def test_a_second_opinion_that_lies_lower_settles_nothing(monkeypatch):
     found = consult(monkeypatch, opinion(-3.0, 0.01, "heavy tails"), opinion(-5.0, 0.04))
     assert found.value == -3.0 and found.std_error >= 2.0
@@ -53,6 +71,7 @@ def test_points_of_nested_sampling_may_make_up_mass(monkeypatch, second):
     """On a lattice of wells they were a nat too high, by four of their own errors."""
     found = consult(monkeypatch, opinion(-4.0, 0.1, "heavy tails"), opinion(second, 0.2, branch=BY_PILOT), tol=1.0)
     assert (found.value, found.doubts) == (-4.0, ()) and 0.5 < found.std_error < 0.6
+    assert found.diagnostics == {"branch": IMPORTANCE, "first": -4.0, "second": second}
 
 
 @pytest.mark.parametrize("second", [-2.0, -6.0])
@@ -83,11 +102,11 @@ def test_an_error_above_the_one_wanted_is_a_doubt(monkeypatch):
 def test_the_second_opinion_grows_as_far_as_the_budget_allows(monkeypatch):
     sizes = []
 
-    def by_nested(self, key, target, larger):
+    def by_nested(self, key, target, larger, modes):
         sizes.append(larger)
         return opinion(-3.0, 0.1 / larger**0.5)
 
-    monkeypatch.setattr(ebm.FittedReference, "integrate", lambda self, key, target: opinion(-5.0, 0.01, "heavy tails"))
+    monkeypatch.setattr(ebm.FittedReference, "explore", doubtful)
     monkeypatch.setattr(ebm.Consultation, "_by_nested", by_nested)
     found = ebm.Consultation().integrate(jax.random.key(0), PROBLEMS["regression"].target())
     assert sizes == [1.0, pytest.approx(4 * consultation.MARGIN)]
@@ -95,10 +114,10 @@ def test_the_second_opinion_grows_as_far_as_the_budget_allows(monkeypatch):
 
 
 def test_a_second_opinion_that_fails_leaves_the_doubts(monkeypatch):
-    def fails(self, key, target, larger):
+    def fails(self, key, target, larger, modes):
         raise ebm.EnergyError("flat")
 
-    monkeypatch.setattr(ebm.FittedReference, "integrate", lambda self, key, target: opinion(-5.0, 0.01, "heavy tails"))
+    monkeypatch.setattr(ebm.FittedReference, "explore", doubtful)
     monkeypatch.setattr(ebm.Consultation, "_by_nested", fails)
     found = ebm.Consultation().integrate(jax.random.key(0), PROBLEMS["regression"].target())
     assert found.value == -5.0 and found.doubts[0] == "heavy tails" and "flat" in found.doubts[1]
@@ -106,12 +125,12 @@ def test_a_second_opinion_that_fails_leaves_the_doubts(monkeypatch):
 
 
 def test_a_larger_second_opinion_that_fails_leaves_the_smaller(monkeypatch):
-    def by_nested(self, key, target, larger):
+    def by_nested(self, key, target, larger, modes):
         if larger > 1:
             raise ebm.EnergyError("flat")
         return opinion(-3.0, 0.1)
 
-    monkeypatch.setattr(ebm.FittedReference, "integrate", lambda self, key, target: opinion(-5.0, 0.01, "heavy tails"))
+    monkeypatch.setattr(ebm.FittedReference, "explore", doubtful)
     monkeypatch.setattr(ebm.Consultation, "_by_nested", by_nested)
     found = ebm.Consultation().integrate(jax.random.key(0), PROBLEMS["regression"].target())
     assert (found.value, found.std_error, found.num_evaluations) == (-3.0, 0.1, 200)
@@ -119,34 +138,45 @@ def test_a_larger_second_opinion_that_fails_leaves_the_smaller(monkeypatch):
 
 
 def test_a_first_opinion_that_fails_leaves_the_second(monkeypatch):
-    def fails(self, key, target):
+    def fails(self, key, target, known=None):
         raise ebm.TemperingStalledError("stalled")
 
     def consulted():
         return ebm.Consultation().integrate(jax.random.key(0), PROBLEMS["regression"].target())
 
-    monkeypatch.setattr(ebm.FittedReference, "integrate", fails)
+    monkeypatch.setattr(ebm.FittedReference, "explore", fails)
     with pytest.raises(ebm.TemperingStalledError, match="stalled") as raised:  # by its nested sampling just so
         consulted()
     assert isinstance(raised.value.__cause__, ebm.TemperingStalledError)
-    monkeypatch.setattr(ebm.Consultation, "_by_nested", lambda self, key, target, larger: opinion(-3.0, 0.04))
+    monkeypatch.setattr(ebm.Consultation, "_by_nested", lambda self, key, target, larger, modes: opinion(-3.0, 0.04))
     found = consulted()
     assert (found.value, found.std_error, found.doubts) == (-3.0, 0.04, ())
     assert found.story == ("no first opinion (what it took until it failed is not counted: stalled)", "said -3.0")
 
 
+def test_nested_sampling_alone_is_in_doubt(monkeypatch):
+    def fails(self, key, target, known=None):
+        raise ebm.TemperingStalledError("stalled")
+
+    by_points = opinion(-3.0, 0.04, branch=BY_PILOT)
+    monkeypatch.setattr(ebm.FittedReference, "explore", fails)
+    monkeypatch.setattr(ebm.Consultation, "_by_nested", lambda self, key, target, larger, modes: by_points)
+    found = ebm.Consultation().integrate(jax.random.key(0), PROBLEMS["regression"].target())
+    assert found.value == -3.0 and "Nothing confirms" in found.doubts[0]
+
+
 def test_a_clean_first_opinion_is_asked_again_within_the_budget(monkeypatch):
     asked = []
 
-    def again(self, key, target):
+    def again(self, key, target, known=None):
         asked.append(self)
-        return opinion(-3.0, 0.2 if len(asked) == 1 else 0.1)
+        return opinion(-3.0, 0.2 if len(asked) == 1 else 0.1), None
 
     def consulted(budget):
         asked.clear()
         return ebm.Consultation(budget=budget).integrate(jax.random.key(0), PROBLEMS["regression"].target())
 
-    monkeypatch.setattr(ebm.FittedReference, "integrate", again)
+    monkeypatch.setattr(ebm.FittedReference, "explore", again)
     found = consulted(10_000)
     assert [(each.tol, each.max_draws) for each in asked] == [(None, 2**20), (0.05, 2**13)]
     assert found.std_error == 0.1 and found.doubts == (
@@ -158,10 +188,10 @@ def test_a_clean_first_opinion_is_asked_again_within_the_budget(monkeypatch):
 
 
 def test_infinite_density_met_by_the_second_opinion_is_an_error(monkeypatch):
-    def fails(self, key, target, larger):
+    def fails(self, key, target, larger, modes):
         raise ebm.NonFiniteEnergyError("an energy is -inf")
 
-    monkeypatch.setattr(ebm.FittedReference, "integrate", lambda self, key, target: opinion(-5.0, 0.01, "heavy tails"))
+    monkeypatch.setattr(ebm.FittedReference, "explore", doubtful)
     monkeypatch.setattr(ebm.Consultation, "_by_nested", fails)
     with pytest.raises(ebm.NonFiniteEnergyError, match="-inf"):
         ebm.Consultation().integrate(jax.random.key(0), PROBLEMS["regression"].target())
@@ -195,7 +225,7 @@ def test_many_coordinates_get_a_second_opinion_by_tempering():
         ebm.energy_factor("observed", 0.5 * (x**2).sum(), role="loss")
 
     method = ebm.Consultation(tempered=ebm.SMC(num_particles=200))
-    found = method._second(jax.random.key(0), ebm.target(model), method.budget)
+    found = method._second(jax.random.key(0), ebm.target(model), method.budget, None)
     exact = -(MOST_COORDINATES + 1) / 2 * 0.6931471805599453
     assert abs(found.value - exact) < 4 * found.std_error and "own reference" in found.story[-1]
     assert "times larger" in found.story[1]

@@ -7,6 +7,7 @@ import numpyro
 import numpyro.distributions as dist
 
 import ebm_ppl as ebm
+from ebm_ppl.logz.modes import find_modes
 from ebm_ppl.logz.search import GOOD_SHARE, Effort, attainable_share, find_reference
 
 DIM, NUM = 30, 300
@@ -35,7 +36,7 @@ def cloud_about(mean):
 
 def search(log_likelihood, log_z=0.0):
     story = []
-    found = find_reference(jax.random.key(0), target_of(log_likelihood), cloud_about(1.0), log_z, EFFORT, story)
+    found, _ = find_reference(jax.random.key(0), target_of(log_likelihood), cloud_about(1.0), log_z, EFFORT, story)
     return found, story
 
 
@@ -61,6 +62,20 @@ def test_a_mode_that_the_gradients_know_nothing_of_is_left_to_mixtures():
     assert abs(found.seen.value - LOG_Z - np.log(2)) < max(4 * found.seen.std_error, 0.5)
 
 
+def test_modes_known_from_before():
+    """The ascents of this search do not come to the narrow one."""
+    wide, narrow = log_likelihood_about(1.0), dist.MultivariateNormal(jnp.full(DIM, -4.0), 1e-3 * COVARIANCE).log_prob
+    target = target_of(lambda x: jnp.logaddexp(wide(x), narrow(x)))
+    known, _ = find_modes(target, np.full((2, DIM), -4.0), np.ones(DIM))
+    stories = [], []
+    for modes, story in zip((None, known), stories, strict=True):
+        _, met = find_reference(jax.random.key(0), target, cloud_about(1.0), float(LOG_Z), EFFORT, story, modes)
+        assert len(met.z) == 1 + (modes is not None)
+    assert not any("the pilot missed" in line for line in stories[0])
+    assert "16 ascents arrived: 2 modes, 1 of them from before" in stories[1][0]
+    assert any("1 modes that the pilot missed" in line for line in stories[1])
+
+
 def test_gradients_in_coordinates_of_their_own():
     """Of a funnel of 30 coordinates, v ~ N(0, 1) and x ~ N(0, e^v), whose cloud is too small for a mixture."""
 
@@ -71,7 +86,7 @@ def test_gradients_in_coordinates_of_their_own():
     rng, story = np.random.default_rng(0), []
     v = rng.normal(size=(NUM, 1))
     cloud = np.concatenate([v, np.exp(v) * rng.normal(size=(NUM, DIM - 1))], axis=1)
-    found = find_reference(jax.random.key(0), ebm.target(model), cloud, 0.0, EFFORT, story)
+    found, _ = find_reference(jax.random.key(0), ebm.target(model), cloud, 0.0, EFFORT, story)
     assert "non-centred" in story[-2] or "scales that follow" in story[-2]
     assert "by gradients" in story[-1] and found.seen.effective_share > 0.8
 
