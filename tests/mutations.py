@@ -453,6 +453,16 @@ MUTATIONS = (
         ("logz/test_search.py::test_modes_known_from_before",),
     ),
     Mutation(
+        "modes without a component left unsaid",
+        "logz/search.py",
+        "max(int(np.sum(missed)) - MOST_MODES, 0)",
+        "0",
+        (
+            "logz/test_search.py::test_every_mode_gets_a_component_or_is_counted",
+            "logz/test_search.py::test_modes_that_are_left_out_are_a_doubt",
+        ),
+    ),
+    Mutation(
         "density of a fitted reference without its share",
         "rebase.py",
         "jnp.log1p(-share) + main",

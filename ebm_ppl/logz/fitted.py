@@ -134,7 +134,7 @@ class FittedReference:
             num_evaluations=search + final.num * behaved + more,
             num_nan=opinion.num_nan + found.num_nan + final.num_nan * behaved + estimate.num_nan * (more > 0),
             story=tuple(story),
-            doubts=(*failed, *_doubts(estimate, branch, pilot, final)),
+            doubts=(*failed, *_doubts(estimate, branch, pilot, final, found.num_left_out)),
             diagnostics={
                 "branch": branch,
                 "pareto_k": final.pareto_k,
@@ -198,7 +198,7 @@ def _enough(seen: Weighed, spent: float, method: FittedReference) -> int:
     return 2 ** math.ceil(math.log2(wanted))
 
 
-def _doubts(estimate: Opinion, branch: str, pilot: Pilot, final: Weighed) -> list[str]:
+def _doubts(estimate: Opinion, branch: str, pilot: Pilot, final: Weighed, num_left_out: int) -> list[str]:
     """What speaks against the estimate: the other opinions, and the diagnostics of its own branch."""
     by_path = branch != IMPORTANCE
     doubts = list(pilot.doubts) if by_path else []
@@ -219,6 +219,11 @@ def _doubts(estimate: Opinion, branch: str, pilot: Pilot, final: Weighed) -> lis
         doubts.append(
             "The weights of the fitted reference have heavy tails, and the particles of SMC lag behind their targets: "
             f"log Z may be off by far more than the stated error. {REMEDY}"
+        )
+    if num_left_out and branch in (IMPORTANCE, SHORT_PATH):
+        doubts.append(
+            f"{num_left_out} of the modes that ascents have met have no part in the fitted reference: their mass is "
+            f"missing, and the error bar does not know it. {REMEDY}"
         )
     if not by_path and final.num * final.effective_share < FEW:
         doubts.append(

@@ -33,7 +33,7 @@ from ebm_ppl.flow import Flow, fit_flow
 from ebm_ppl.logz.importance import Weighed, draw, draw_own
 from ebm_ppl.logz.modes import Modes, find_modes, spread_of
 from ebm_ppl.metric import closest_normal
-from ebm_ppl.mixture import DEGREES, MOST_COMPONENTS, TAILS, StudentMixture, fit_mixture
+from ebm_ppl.mixture import DEGREES, TAILS, StudentMixture, fit_mixture
 from ebm_ppl.rebase import Blend, Rebased
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.target import Tilted, log_joint
@@ -43,6 +43,8 @@ UNACCOUNTED = 1.5
 """Nats by which a mode is higher than the fit says, to become a component of its own."""
 MASS = 0.02, 9.0
 """Least and most mass of such a component, relative to the fit's."""
+MOST_MODES = 64
+"""Of those that get components of their own, the highest; the others are left out, and counted."""
 FAITHFUL, BIASED = 0.5, 0.05
 """Weight of a point of the cloud, and once that is known to have missed a mode."""
 MOST_SEARCHES = 8
@@ -77,6 +79,8 @@ class Search(NamedTuple):
     seen: Weighed
     num_evaluations: int
     num_nan: int
+    num_left_out: int = 0
+    """Modes that have no part in the reference."""
 
 
 class Given(NamedTuple):
@@ -211,12 +215,14 @@ def _mixtures(key: PRNGKey, given: Given, centring: Centring) -> Search:
     room = len(cloud) + effort.max_refits * effort.num_draws
     points, weights = np.zeros((room, target.dim), cloud.dtype), np.zeros(room, cloud.dtype)
     points[: len(cloud)], weights[: len(cloud)], filled = _coordinates(cloud, centring), FAITHFUL, len(cloud)
-    best, mixture, evaluations, num_nan = None, None, 0, 0
+    best, mixture, evaluations, num_nan, left_out = None, None, 0, 0, 0
     for fit in range(effort.max_refits + 1):
         key_fit, key_draw = jax.random.split(jax.random.fold_in(key, fit))
         mixture = fit_mixture(key_fit, jnp.asarray(points), jnp.asarray(weights), mixture)
         if fit == 0 and np.any(missed := _unaccounted(modes, Placed(mixture, centring), log_z)):
-            story.append(f"{np.sum(missed)} modes that the pilot missed: a component for each")
+            left_out = max(int(np.sum(missed)) - MOST_MODES, 0)
+            but = f" but {left_out}" if left_out else ""
+            story.append(f"{np.sum(missed)} modes that the pilot missed: a component for each{but}")
             mixture = _with_modes(mixture, jax.tree.map(lambda x: x[missed], modes), centring, log_z)
             weights[: len(cloud)] = BIASED
         reference = _reference(target, mixture, centring, effort)
@@ -225,7 +231,7 @@ def _mixtures(key: PRNGKey, given: Given, centring: Centring) -> Search:
         share, before = seen.effective_share, best.seen.effective_share if best else 0.0
         story.append(f"fit {fit + 1}: {len(mixture.log_weight)} components, {share:.0%} of the draws are effective")
         if share > before:
-            best = Search(reference, z, seen, evaluations, num_nan)
+            best = Search(reference, z, seen, evaluations, num_nan, left_out)
         if share >= GOOD_SHARE or share < WORTHWHILE * before or fit == effort.max_refits:
             break
         here = slice(filled, filled + seen.num)
@@ -246,7 +252,7 @@ def _with_flow(key: PRNGKey, given: Given, fitted: Search, settings: Flow) -> Se
     z, seen = draw(key_draw, reference, fitted.seen.num)
     share = seen.effective_share
     given.story.append(f"flow of {settings.num_layers} layers: {share:.0%} of the draws are effective")
-    return Search(reference, z, seen, evaluations + seen.num, seen.num_nan)
+    return Search(reference, z, seen, evaluations + seen.num, seen.num_nan, fitted.num_left_out)
 
 
 def _coordinates(z: np.ndarray, centring: Centring) -> np.ndarray:
@@ -293,7 +299,7 @@ def _with_modes(mixture: StudentMixture, modes: Modes, centring: Centring, log_z
 
     The curvature of a Student t at its mode is that of a normal distribution with (nu + dim) / nu times its precision.
     """
-    mass = np.clip(np.exp(np.clip(modes.log_mass - log_z, -20, 20)), *MASS)[: MOST_COMPONENTS // 2]
+    mass = np.clip(np.exp(np.clip(modes.log_mass - log_z, -20, 20)), *MASS)[:MOST_MODES]
     num, dim = len(mass), modes.z.shape[1]
     log_weight = jnp.log(jnp.asarray(mass / mass.sum(), mixture.mean.dtype))
     mean, factor, inverse = _touching(jnp.asarray(modes.z[:num]), jnp.asarray(modes.scale.factor[:num]), centring)

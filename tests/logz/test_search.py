@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pytest
 
 import ebm_ppl as ebm
+from ebm_ppl.logz import search as search_module
 from ebm_ppl.logz.modes import find_modes
-from ebm_ppl.logz.search import GOOD_SHARE, Effort, attainable_share, find_reference
+from ebm_ppl.logz.search import GOOD_SHARE, MOST_MODES, Effort, attainable_share, find_reference
 
 DIM, NUM = 30, 300
 EFFORT = Effort(num_ascents=16, num_draws=1024, max_refits=0, defence=0.01, flow=None)
@@ -60,6 +62,43 @@ def test_a_mode_that_the_gradients_know_nothing_of_is_left_to_mixtures():
     assert not any("by gradients" in line for line in story)
     assert any("modes that the pilot missed" in line for line in story)
     assert abs(found.seen.value - LOG_Z - np.log(2)) < max(4 * found.seen.std_error, 0.5)
+
+
+def forty_modes():
+    """Narrow ones on a grid, of which nobody has met but the first, and log Z."""
+    centres = 4.0 * np.stack(np.meshgrid(np.arange(8) - 3.5, np.arange(5) - 2.0), axis=-1).reshape(40, 2)
+
+    def model():
+        x = numpyro.sample("x", dist.Normal(0, 8).expand([2]).to_event(1))
+        modes = dist.Normal(centres, 0.3).to_event(1).log_prob(x)
+        ebm.energy_factor("modes", -jax.nn.logsumexp(modes), role="loss")
+
+    log_z = np.log(np.sum(np.exp(dist.Normal(0, np.hypot(8, 0.3)).log_prob(centres).sum(axis=1))))
+    return ebm.target(model), np.random.default_rng(0).normal(centres[0], 0.3, size=(NUM, 2)), log_z
+
+
+@pytest.mark.parametrize("most", [MOST_MODES, 8])
+def test_every_mode_gets_a_component_or_is_counted(most, monkeypatch):
+    """Of forty 32 had one, and the others were missed without a word."""
+    monkeypatch.setattr(search_module, "MOST_MODES", most)
+    target, cloud, log_z = forty_modes()
+    found, modes = find_reference(
+        jax.random.key(0), target, cloud, float(log_z), EFFORT._replace(num_ascents=512, num_draws=4096), []
+    )
+    assert len(modes.z) == 40
+    if most == MOST_MODES:
+        assert found.num_left_out == 0 and abs(found.seen.value - log_z) < 4 * found.seen.std_error < 0.3
+    else:
+        assert found.num_left_out == 31
+
+
+def test_modes_that_are_left_out_are_a_doubt(monkeypatch):
+    monkeypatch.setattr(search_module, "MOST_MODES", 1)
+    monkeypatch.setattr(search_module, "UNACCOUNTED", -50.0)  # so that all are missed, whatever the pilot has met
+    pilot = ebm.SMC(num_particles=200, num_moves=1)
+    method = ebm.FittedReference(pilot=pilot, num_draws=1024, max_draws=1024, max_refits=0)
+    found = method.integrate(jax.random.key(0), forty_modes()[0])
+    assert any("no part in the fitted reference" in doubt for doubt in found.doubts)
 
 
 def test_modes_known_from_before():
