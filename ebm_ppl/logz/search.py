@@ -270,7 +270,7 @@ def _all_placed(u: Array, centring: Centring) -> Array:
     return jax.vmap(centring.place)(u)[0]
 
 
-def _modes(key: PRNGKey, target: Tilted, cloud: np.ndarray, num: int, known: Modes | None) -> tuple[Modes, int]:
+def _modes(key: PRNGKey, target: Tilted, cloud: np.ndarray, num: int, known: Modes | None = None) -> tuple[Modes, int]:
     """Modes by ascents from draws of the reference, and a few from the cloud, until none has been met only once."""
     few = num // 4
     starts = np.concatenate([draw_own(key, target, num - few), cloud[:few]])

@@ -97,10 +97,10 @@ def test_ascents_share_no_batch(monkeypatch):
     programs, over = [], parallel.over
 
     def recorded(function, parts, *shared):
-        programs.append(parallel.prepare_over(function, parts[0], *shared))
+        programs.append((parallel.prepare_over(function, parts[0], *shared), len(parts)))
         return over(function, parts, *shared)
 
     monkeypatch.setattr(parallel, "over", recorded)
     target = PROBLEMS["correlated_normal"].target()
     find_modes(target, np.zeros((32, target.dim)), np.ones(target.dim))
-    assert [program.in_threads for program in programs] == [True]
+    assert [(program.in_threads, num_parts) for program, num_parts in programs] == [(True, 32)]

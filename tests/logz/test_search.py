@@ -9,6 +9,9 @@ import pytest
 
 import ebm_ppl as ebm
 from ebm_ppl.logz import search as search_module
+from ebm_ppl.logz.fitted import BY_PILOT, IMPORTANCE, SHORT_PATH, Pilot, _doubts
+from ebm_ppl.logz.importance import Weighed
+from ebm_ppl.logz.integral import Opinion
 from ebm_ppl.logz.modes import find_modes
 from ebm_ppl.logz.search import GOOD_SHARE, MOST_MODES, Effort, attainable_share, find_reference
 
@@ -92,13 +95,15 @@ def test_every_mode_gets_a_component_or_is_counted(most, monkeypatch):
         assert found.num_left_out == 31
 
 
-def test_modes_that_are_left_out_are_a_doubt(monkeypatch):
-    monkeypatch.setattr(search_module, "MOST_MODES", 1)
-    monkeypatch.setattr(search_module, "UNACCOUNTED", -50.0)  # so that all are missed, whatever the pilot has met
-    pilot = ebm.SMC(num_particles=200, num_moves=1)
-    method = ebm.FittedReference(pilot=pilot, num_draws=1024, max_draws=1024, max_refits=0)
-    found = method.integrate(jax.random.key(0), forty_modes()[0])
-    assert any("no part in the fitted reference" in doubt for doubt in found.doubts)
+@pytest.mark.parametrize(
+    ("branch", "num", "is_told"),
+    [(IMPORTANCE, 3, True), (SHORT_PATH, 3, True), (BY_PILOT, 3, False), (IMPORTANCE, 0, False)],
+)
+def test_modes_that_are_left_out_are_a_doubt(branch, num, is_told):
+    """Where draws of the reference, or a path from it, are the answer."""
+    answer = Opinion(0.0, 0.1, 0.0, 1.0, 0)
+    doubts = _doubts(answer, branch, Pilot(np.zeros((1, 2)), answer, (), ""), Weighed(np.zeros((16, 64)), 0), num)
+    assert [doubt.startswith("3 of the modes") for doubt in doubts] == [True] * is_told
 
 
 def test_modes_known_from_before():
