@@ -184,7 +184,7 @@ def _linear_solve(params: dict[str, Any], operands: list[Any]) -> list[Any]:
 def _shard_map(params: dict[str, Any], operands: list[Any]) -> list[Any]:
     body = ClosedJaxpr(params["jaxpr"], ())
     settings = {name: params[name] for name in ("mesh", "in_specs", "out_specs", "check_vma")}
-    axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]  # until JAX 0.9
+    axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]  # in JAX 0.8
     return list(jax.shard_map(lambda *own: tuple(_evaluate(body, *own)), axis_names=axes, **settings)(*operands))
 
 
@@ -204,9 +204,8 @@ _STRUCTURES = {
     "cond": _cond,
     "custom_linear_solve": _linear_solve,
     "shard_map": _shard_map,
-    "checkpoint": _checkpoint,
     "remat2": _checkpoint,
-} | dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"), _call)
+} | dict.fromkeys(("jit", "closed_call", "custom_jvp_call", "custom_vjp_call"), _call)
 """What is looked into; any other is left as it is, and what it holds may wait."""
 
 

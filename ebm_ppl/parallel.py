@@ -58,6 +58,8 @@ class Program(NamedTuple):
     """Whether several threads may run it at the same time."""
     shared: int
     """Bytes of arguments after the first, which all parts share."""
+    held: Callable[[], Any]
+    """The compiler's account of its memory, which is made once, at the first call."""
 
 
 def over(
@@ -222,12 +224,13 @@ def _program(
         sharding.require_devices_that_do_not_wait(avals)
     compiled = _COMPILER.submit(traced.lower().compile, options)
     shared = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays[1:]))
-    return Program(traced.out_info, compiled, beside_itself and not on_mesh, shared)
+    held = functools.cache(lambda: compiled.result().memory_analysis())
+    return Program(traced.out_info, compiled, beside_itself and not on_mesh, shared, held)
 
 
 def num_bytes(program: Program, num_parts: int) -> int:
     """What all parts hold, and those that run at the same time beside it; 0 where the compiler does not tell."""
-    held = program.compiled.result().memory_analysis()
+    held = program.held()
     if held is None:
         return 0
     shared = min(program.shared, held.argument_size_in_bytes)
