@@ -19,7 +19,8 @@ References:
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,7 +31,7 @@ from scipy.special import chdtri, ndtri
 
 from ebm_ppl import parallel
 from ebm_ppl.scale import DenseScale, location_and_scale
-from ebm_ppl.typing import Array, PRNGKey
+from ebm_ppl.typing import Array, PRNGKey, generator
 
 DEGREES = (3.0, 5.0, 8.0, 15.0, 40.0, 200.0, 2000.0)
 """Of freedom, to choose from: the first has heavy tails, the last is a normal distribution for every purpose."""
@@ -40,6 +41,8 @@ MOST_COMPONENTS = 64
 FEWEST_PLACES = 4
 """For components in a program of a fit, of which there is one for each power of two from here on; where the points
 bear no more than one component, a place is all that it gets."""
+BLOCK = 512
+"""Points of a fit that are taken at a time."""
 NOTHING = -1e3
 """Log weight of a place without a component; a fit leaves it below `NEXT_TO_NOTHING`."""
 NEXT_TO_NOTHING = -50.0
@@ -54,27 +57,28 @@ SETTLED = 1e-4
 ALMOST_SETTLED = 1e-3
 """The same where fits are only compared."""
 WORTHWHILE = 0.01
-"""Gain in the mean log density of the points held out, in nats, for which the components are doubled again."""
+"""Gain in the mean log density of the points held out, in nats, for which the components are doubled."""
 
 
 class StudentMixture(eqx.Module):
-    """A mixture of K multivariate Student t distributions; methods take one point."""
+    """A mixture of K multivariate Student t distributions; methods take one point, those that make another mixture
+    are of the host."""
 
-    log_weight: Array
+    log_weight: Any
     """(K,)"""
-    mean: Array
+    mean: Any
     """(K, dim)"""
-    factor: Array
+    factor: Any
     """Lower triangular, (K, dim, dim)."""
-    inverse: Array
+    inverse: Any
     """Of each factor."""
-    degrees: Array
+    degrees: Any
     """Of freedom, (K,)."""
 
     @classmethod
     def normal(cls, mean: Array, scale: DenseScale) -> StudentMixture:
         """One component, which is a normal distribution for every purpose."""
-        one = jnp.ones(1, mean.dtype)
+        one = np.ones(1, mean.dtype)
         return cls(0 * one, mean[None], scale.factor[None], scale.inverse[None], DEGREES[-1] * one)
 
     def sample(self, key: PRNGKey) -> Array:
@@ -107,20 +111,24 @@ class StudentMixture(eqx.Module):
         """Log density at a point of shape (dim,), in nats."""
         return logsumexp(self._log_terms(self._distances(z)))
 
-    def joined(self, others: StudentMixture, share: Array) -> StudentMixture:
+    def joined(self, others: StudentMixture, share: float) -> StudentMixture:
         """A mixture of two mixtures, `share` of it the others."""
-
-        def both(x: Array, y: Array) -> Array:
-            return jnp.concatenate([x, y])
-
-        own = eqx.tree_at(lambda mixture: mixture.log_weight, self, self.log_weight + jnp.log1p(-share))
-        others = eqx.tree_at(lambda mixture: mixture.log_weight, others, others.log_weight + jnp.log(share))
-        return jax.tree.map(both, own, others)
+        own = eqx.tree_at(lambda mixture: mixture.log_weight, self, self.log_weight + math.log1p(-share))
+        others = eqx.tree_at(lambda mixture: mixture.log_weight, others, others.log_weight + math.log(share))
+        return jax.tree.map(lambda x, y: np.concatenate([x, y]), own, others)
 
     def with_tails(self, share: float) -> StudentMixture:
         """With a share of each component given heavy tails, since a fit sees the bulk alone."""
-        heavy = eqx.tree_at(lambda mixture: mixture.degrees, self, jnp.full_like(self.degrees, TAILS))
-        return self.joined(heavy, jnp.asarray(share, self.mean.dtype))
+        heavy = eqx.tree_at(lambda mixture: mixture.degrees, self, np.full_like(self.degrees, TAILS))
+        return self.joined(heavy, share)
+
+    def with_places(self, fewest: int = 1) -> StudentMixture:
+        """With so many places for components, most of them empty, that few mixtures need a program of their own."""
+        num = len(self.log_weight)
+        wider = [(0, max(fewest, 2 ** math.ceil(math.log2(num))) - num)]
+        filled = jax.tree.map(lambda x: np.pad(x, wider + [(0, 0)] * (x.ndim - 1), mode="edge"), self)
+        log_weight = np.pad(self.log_weight, wider, constant_values=NOTHING)
+        return eqx.tree_at(lambda mixture: mixture.log_weight, filled, log_weight)
 
     def _distances(self, z: Array) -> Array:
         """Squared distances from each mean in units of its component, (K,)."""
@@ -151,61 +159,56 @@ def _beyond_stirling(x: Array) -> Array:
     return jnp.where(x < FAR, gammaln(small) - stirling, 1 / (12 * big) - 1 / (360 * big**3) + 1 / (1260 * big**5))
 
 
-def fit_mixture(key: PRNGKey, z: Array, weights: Array, start: StudentMixture | None = None) -> StudentMixture:
-    """The mixture of Student t distributions that best describes weighted points.
+def fit_mixture(key: PRNGKey, z: Any, weights: Any, start: StudentMixture | None = None) -> StudentMixture:
+    """The mixture of Student t distributions that best describes weighted points; on the host.
 
     Args:
         z: points, shape (num, dim); those of zero weight count for nothing, and may pad the array.
         weights: not negative, shape (num,).
         start: a mixture near the points; without one, the search begins with one component.
     """
-    num, dim = z.shape
-    key_split, key_fit = jax.random.split(key)
-    x, mean, scale = parallel.once(_whitened, z, weights)
+    dim = z.shape[1]
+    rng = generator(key)
+    x, mean, scale = jax.device_get(parallel.once(_whitened, z, weights))
     weights = np.asarray(weights) / np.sum(weights)
-    kept = np.where(np.asarray(jax.random.uniform(key_split, (num,))) < 2 / 3, weights, np.zeros_like(weights))
+    kept = np.where(rng.uniform(size=len(x)) < 2 / 3, weights, np.zeros_like(weights))
     held_out, most = weights - kept, np.sum(kept) ** 2 / np.sum(kept**2) / (POINTS_PER_COMPONENT * dim)
 
-    def improved(starts: StudentMixture, weights: Any, settled: float) -> tuple[StudentMixture, np.ndarray]:
+    def improved(
+        starts: list[StudentMixture], weights: Any, settled: float
+    ) -> tuple[list[StudentMixture], list[float]]:
         """Fits of several mixtures, and how likely each makes the points held out."""
-        limit = np.asarray(settled, weights.dtype)
-        found = parallel.over(_fit, parallel.split(starts), x, weights / np.sum(weights), held_out, limit)
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(found))
+        points, limit = _in_blocks(x, weights / np.sum(weights), held_out), np.asarray(settled, x.dtype)
+        parts = parallel.over(_fit, [jax.tree.map(lambda leaf: leaf[None], each) for each in starts], points, limit)
+        found = [jax.tree.map(lambda leaf: leaf[0], part) for part in jax.device_get(parts)]
+        return [mixture for mixture, _ in found], [float(score) for _, score in found]
 
     fewest = FEWEST_PLACES if most >= 2 else 1
     best, best_score, num_components = None, -np.inf, 1
     if start is not None:
-        begun = _image(start, -np.asarray(scale.inverse) @ np.asarray(mean), scale.inverse, scale.factor)
-        found, scores = improved(_alone(_padded(begun, fewest)), kept, ALMOST_SETTLED)
-        best, best_score, num_components = _first(found), scores[0], 2 * len(begun.log_weight)
+        begun = _image(start, -scale.inverse @ mean, scale.inverse, scale.factor)
+        (best,), (best_score,) = improved([begun.with_places(fewest)], kept, ALMOST_SETTLED)
+        num_components = 2 * len(begun.log_weight)
     while best is None or num_components <= min(MOST_COMPONENTS, most):
-        keys = jax.random.split(jax.random.fold_in(key_fit, num_components), RESTARTS)
-        starts = parallel.once(_starts, keys, x, kept, np.asarray(num_components), _places(num_components, fewest))
-        starts = _alone(_first(starts)) if num_components == 1 else starts  # there is one place to start from
+        restarts = RESTARTS if num_components > 1 else 1  # there is one place to start from
+        starts = [_start(rng, x, kept, num_components).with_places(fewest) for _ in range(restarts)]
         found, scores = improved(starts, kept, ALMOST_SETTLED)
         chosen = int(np.argmax(scores))
-        gain = scores[chosen] - best_score
-        if gain > 0:
-            best, best_score = jax.tree.map(lambda x, i=chosen: x[i], found), scores[chosen]
-        if not gain > WORTHWHILE:
+        if not scores[chosen] - best_score > WORTHWHILE:
             break
-        num_components *= 2
-    whole, _ = improved(_alone(best), weights, SETTLED)
-    return jax.tree.map(jnp.asarray, _image(_pruned(_first(whole)), mean, scale.factor, scale.inverse))
+        best, best_score, num_components = found[chosen], scores[chosen], 2 * num_components
+    assert best is not None
+    (whole,), _ = improved([best], weights, SETTLED)
+    return _image(_pruned(whole), mean, scale.factor, scale.inverse)
 
 
-def _places(num_components: int, fewest: int) -> int:
-    """For so many components."""
-    return max(fewest, 2 ** math.ceil(math.log2(num_components)))
-
-
-def _padded(mixture: StudentMixture, fewest: int) -> StudentMixture:
-    """With a place for each component that the program of its fit has room for, on the host."""
-    num = len(mixture.log_weight)
-    wider = [(0, _places(num, fewest) - num)]
-    filled = jax.tree.map(lambda x: np.pad(x, wider + [(0, 0)] * (x.ndim - 1), mode="edge"), mixture)
-    log_weight = np.pad(mixture.log_weight, wider, constant_values=NOTHING)
-    return eqx.tree_at(lambda mixture: mixture.log_weight, filled, log_weight)
+def prepare_fit(num: int, dim: int) -> None:
+    """Starts to compile what the first fits to so many points need."""
+    x, ones, eye = np.zeros((num, dim)), np.ones(num), np.eye(dim)
+    x, ones, eye = (values.astype(jnp.result_type(float)) for values in (x, ones, eye))
+    start = StudentMixture.normal(x[0], DenseScale(eye, eye)).with_places(FEWEST_PLACES)  # pyright: ignore
+    parallel.prepare_once(_whitened, x, ones)
+    parallel.prepare_over(_fit, jax.tree.map(lambda leaf: leaf[None], start), _in_blocks(x, ones, ones), ones[0])
 
 
 def _pruned(mixture: StudentMixture) -> StudentMixture:
@@ -221,22 +224,63 @@ def _whitened(z: Array, weights: Array) -> tuple[Array, Array, DenseScale]:
 
 def _image(mixture: StudentMixture, shift: Any, factor: Any, inverse: Any) -> StudentMixture:
     """The mixture of `shift + factor x`, on the host; `inverse` is that of the factor."""
-    mixture, shift, factor, inverse = jax.device_get((mixture, shift, factor, inverse))
+    mixture = jax.device_get(mixture)
     means, factors = shift + mixture.mean @ factor.T, factor @ mixture.factor
     return StudentMixture(mixture.log_weight, means, factors, mixture.inverse @ inverse, mixture.degrees)
 
 
-def _alone(mixture: Any) -> Any:
-    return jax.tree.map(lambda x: x[None], mixture)
+def _start(rng: np.random.Generator, x: np.ndarray, weights: np.ndarray, num_components: int) -> StudentMixture:
+    """Components at points far from one another, all as wide as points lie apart from the nearest (k-means++)."""
+    dim, dtype = x.shape[1], x.dtype
+    x, weights = x[weights > 0], weights[weights > 0].astype(float)
+    centres, nearest = [], np.full(len(x), 1e6 * dim)
+    for _ in range(num_components):
+        odds = np.cumsum(weights * nearest)
+        centres.append(x[min(np.searchsorted(odds, rng.uniform() * odds[-1], side="right"), len(x) - 1)])
+        nearest = np.minimum(nearest, np.sum((x - centres[-1]) ** 2, axis=1))
+    width = math.sqrt(weights @ nearest / np.sum(weights) / dim) if num_components > 1 else 1.0
+    eyes = np.tile(np.eye(dim, dtype=dtype), (num_components, 1, 1))
+    ones = np.ones(num_components, dtype)
+    return StudentMixture(
+        -math.log(num_components) * ones, np.stack(centres), width * eyes, eyes / width, DEGREES[2] * ones
+    )
 
 
-def _first(mixtures: Any) -> Any:
-    return jax.tree.map(lambda x: x[0], mixtures)
+class Points(NamedTuple):
+    """Weighted points in blocks, of which only those count that hold any: a fit to few takes the program of many."""
+
+    x: Any
+    """(block, BLOCK, dim)"""
+    weights: Any
+    """That add up to one, (block, BLOCK)."""
+    held_out: Any
+    """Weights of others, by which a fit is judged, (block, BLOCK)."""
+    num: Any
+    """Blocks that count: an array, so that it is no part of the program."""
 
 
-def _fit(
-    start: StudentMixture, x: Array, weights: Array, held_out: Array, settled: Array
-) -> tuple[StudentMixture, Array]:
+def _in_blocks(x: np.ndarray, weights: np.ndarray, held_out: np.ndarray) -> Points:
+    count = np.max(np.flatnonzero(weights + held_out), initial=0) + 1
+    room = -len(x) % BLOCK
+
+    def blocks(values: np.ndarray) -> np.ndarray:
+        wider = np.pad(values, [(0, room)] + [(0, 0)] * (values.ndim - 1))
+        return wider.reshape(-1, BLOCK, *values.shape[1:]).astype(x.dtype)
+
+    return Points(blocks(x), blocks(weights), blocks(held_out), np.asarray(math.ceil(count / BLOCK)))
+
+
+def _total(of_block: Callable, points: Points, *others: Array) -> Any:
+    """The sum over blocks of `of_block(x, weights, held_out, *others)`, where others have a leading axis (block,)."""
+
+    def block(i: Array) -> Any:
+        return of_block(*(leaf[i] for leaf in (points.x, points.weights, points.held_out, *others)))
+
+    nothing = jax.tree.map(lambda sum: jnp.zeros(sum.shape, sum.dtype), jax.eval_shape(block, 0))
+    return jax.lax.fori_loop(0, points.num, lambda i, total: jax.tree.map(jnp.add, total, block(i)), nothing)
+
+
+def _fit(start: StudentMixture, points: Points, settled: Array) -> tuple[StudentMixture, Array]:
     """Expectation maximisation until the mean log density settles, and that of the points held out."""
 
     def again(carry: tuple[StudentMixture, Array, Array, Array]) -> Array:
@@ -245,74 +289,74 @@ def _fit(
 
     def one_round(carry: tuple[StudentMixture, Array, Array, Array]) -> tuple[StudentMixture, Array, Array, Array]:
         mixture, score, _, count = carry
-        mixture, new_score = _improve(mixture, x, weights)
+        mixture, new_score = _improve(mixture, points)
         return mixture, new_score, score, count + 1
 
-    low = jnp.asarray(-1e30, x.dtype)
+    def judged(x: Array, _: Array, held_out: Array) -> tuple[Array, Array]:
+        return held_out @ jax.vmap(mixture.log_density)(x), jnp.sum(held_out)
+
+    low = jnp.asarray(-1e30, points.x.dtype)
     mixture = jax.lax.while_loop(again, one_round, (start, low, 2 * low, jnp.zeros((), int)))[0]
-    return mixture, held_out @ jax.vmap(mixture.log_density)(x) / jnp.sum(held_out)
+    score, mass = _total(judged, points)
+    return mixture, score / mass
 
 
-def _starts(keys: Array, x: Array, weights: Array, num_components: Array, places: int) -> StudentMixture:
-    return jax.vmap(lambda key: _start(key, x, weights, num_components, places))(keys)
-
-
-def _start(key: PRNGKey, x: Array, weights: Array, num_components: Array, places: int) -> StudentMixture:
-    """Components at points far from one another, all as wide as points lie apart from the nearest (k-means++)."""
-    num, dim = x.shape
-    is_filled = jnp.arange(places) < num_components
-
-    def add(nearest: Array, k: Array) -> tuple[Array, Array]:
-        centre = x[jax.random.categorical(jax.random.fold_in(key, k), jnp.log(weights * nearest))]
-        closer = jnp.minimum(nearest, jnp.sum((x - centre) ** 2, axis=1))
-        return jnp.where(is_filled[k], closer, nearest), centre
-
-    far = jnp.full(num, 1e6 * dim, x.dtype)
-    nearest, centres = jax.lax.scan(add, far, jnp.arange(places))
-    width = jnp.where(num_components > 1, jnp.sqrt(weights @ nearest / dim), 1.0)
-    eye = jnp.broadcast_to(jnp.eye(dim, dtype=x.dtype), (places, dim, dim))
-    log_weight = jnp.where(is_filled, -jnp.log(num_components.astype(x.dtype)), NOTHING)
-    return StudentMixture(log_weight, centres, eye * width, eye / width, jnp.full(places, DEGREES[2], x.dtype))
-
-
-def _improve(mixture: StudentMixture, x: Array, weights: Array) -> tuple[StudentMixture, Array]:
+def _improve(mixture: StudentMixture, points: Points) -> tuple[StudentMixture, Array]:
     """One round of expectation maximisation, and the mean log density that it started from."""
-    dim, least = x.shape[1], jnp.finfo(x.dtype).tiny * 1e3
-    distances = jax.vmap(mixture._distances)(x)
-    mixture = _with_best_degrees(mixture, distances, weights)
-    log_terms = jax.vmap(mixture._log_terms)(distances)
-    log_density = logsumexp(log_terms, axis=1)
-    share = jnp.exp(log_terms - log_density[:, None]) * weights[:, None]
-    mass = jnp.maximum(jnp.sum(share, axis=0), least)
-    pull = share * (mixture.degrees + dim) / (mixture.degrees + distances)
-    mean = pull.T @ x / jnp.maximum(jnp.sum(pull, axis=0), least)[:, None]
+    dim, dtype = points.x.shape[-1], points.x.dtype
+    least = jnp.finfo(dtype).tiny * 1e3
+    mixture = _with_better_degrees(mixture, points)
 
-    def scatter(of_component: tuple[Array, Array]) -> Array:
-        mean, pull = of_component
-        centred = x - mean
-        return (pull[:, None] * centred).T @ centred
+    def moments(x: Array, weights: Array, _: Array) -> tuple[Array, ...]:
+        distances = jax.vmap(mixture._distances)(x)
+        log_terms = jax.vmap(mixture._log_terms)(distances)
+        log_density = logsumexp(log_terms, axis=1)
+        share = jnp.exp(log_terms - log_density[:, None]) * weights[:, None]
+        pull = (share * (mixture.degrees + dim) / (mixture.degrees + distances)).T
+        # About the means so far: about zero, little would be left of a narrow component in single precision.
+        centred = x - mixture.mean[:, None]
+        scatters = (pull[..., None] * centred).swapaxes(1, 2) @ centred
+        return (
+            jnp.sum(share, axis=0),
+            jnp.sum(pull, axis=1),
+            jnp.einsum("kn,kni->ki", pull, centred),
+            scatters,
+            weights @ log_density,
+            jnp.sum(weights**2),
+        )
 
-    scatters = jax.lax.map(scatter, (mean, pull.T))
-    points = mass / jnp.sum(weights**2)
-    pooled = (jnp.sum(scatters, axis=0) * jnp.sum(points) + dim * jnp.eye(dim)) / (jnp.sum(points) + dim)
+    mass, pull, shift, scatters, log_density, squares = _total(moments, points)
+    mass, pull = jnp.maximum(mass, least), jnp.maximum(pull, least)
+    shift = shift / pull[:, None]
+    scatters = scatters - pull[:, None, None] * shift[:, :, None] * shift[:, None, :]
+    num = mass / squares
+    pooled = (jnp.sum(scatters, axis=0) * jnp.sum(num) + dim * jnp.eye(dim, dtype=dtype)) / (jnp.sum(num) + dim)
 
     def scale(of_component: tuple[Array, Array, Array]) -> DenseScale:
-        scatter, mass, points = of_component
-        return DenseScale.of_covariance((points * scatter / mass + dim * pooled) / (points + dim))
+        scatter, mass, num = of_component
+        return DenseScale.of_covariance((num * scatter / mass + dim * pooled) / (num + dim))
 
     # Component by component: a batch of matrices would not run in threads (`linear_algebra.py`).
-    scales = jax.lax.map(scale, (scatters, mass, points))
-    return StudentMixture(jnp.log(mass), mean, scales.factor, scales.inverse, mixture.degrees), weights @ log_density
+    scales = jax.lax.map(scale, (scatters, mass, num))
+    mean = mixture.mean + shift
+    return StudentMixture(jnp.log(mass), mean, scales.factor, scales.inverse, mixture.degrees), log_density
 
 
-def _with_best_degrees(mixture: StudentMixture, distances: Array, weights: Array) -> StudentMixture:
-    """With the degrees of freedom that make points at these distances, (point, K), most likely."""
+def _with_better_degrees(mixture: StudentMixture, points: Points) -> StudentMixture:
+    """With the degrees of freedom, of those so far and their neighbours, that make the points most likely."""
+    all_degrees = jnp.asarray(DEGREES, points.x.dtype)
+    now = jnp.argmin(jnp.abs(all_degrees - mixture.degrees[0]))
+    near = all_degrees[jnp.clip(now + jnp.arange(-1, 2), 0, len(DEGREES) - 1)]
 
     def with_degrees(degrees: Array) -> StudentMixture:
         return eqx.tree_at(lambda mixture: mixture.degrees, mixture, jnp.full_like(mixture.degrees, degrees))
 
-    def score(degrees: Array) -> Array:
-        return weights @ logsumexp(jax.vmap(with_degrees(degrees)._log_terms)(distances), axis=1)
+    def scores(x: Array, weights: Array, _: Array) -> Array:
+        distances = jax.vmap(mixture._distances)(x)
 
-    degrees = jnp.asarray(DEGREES, distances.dtype)
-    return with_degrees(degrees[jnp.argmax(jax.lax.map(score, degrees))])
+        def score(degrees: Array) -> Array:
+            return weights @ logsumexp(jax.vmap(with_degrees(degrees)._log_terms)(distances), axis=1)
+
+        return jax.lax.map(score, near)
+
+    return with_degrees(near[jnp.argmax(_total(scores, points))])

@@ -164,6 +164,7 @@ def prepare(function: Callable, *args: Any, hurry: bool = False, in_place: bool 
 def _of_part(function: Callable) -> Callable:
     """The function over the members of a part; a part of one is no batch."""
 
+    @functools.wraps(function)
     def of_part(part: Any, *shared: Any) -> Any:
         if len(jax.tree.leaves(part)[0]) > 1:
             return jax.vmap(lambda member: function(member, *shared))(part)
@@ -212,7 +213,12 @@ def _program(
     settings = jax.tree.unflatten(structure, settings)
     arrays = jax.tree.unflatten(aval_structure, avals)
     donated = (0,) * in_place
-    program = jax.jit(lambda *arrays: function(*eqx.combine(arrays, settings)), donate_argnums=donated)
+
+    def named(*arrays: Any) -> Any:
+        return function(*eqx.combine(arrays, settings))
+
+    named.__name__ = function.__name__  # as profiles and logs have it
+    program = jax.jit(named, donate_argnums=donated)
     traced, on_mesh = program.trace(*arrays), sharding.is_on_mesh(avals)
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu and linear_algebra.num_batches(traced.jaxpr.jaxpr) >= (1 if on_mesh else _num_cores()):

@@ -271,6 +271,16 @@ def pooled(runs: Mapping[str, np.ndarray]) -> tuple[float, float]:
     return list(found.values())[-1] if found else (0.0, 0.0)
 
 
+def keys_of(key: PRNGKey, num: int) -> list[PRNGKey]:
+    """Several keys made of one, on the host; `jax.random.split` would compile a program for each number of them."""
+    return [jax.random.fold_in(key, i) for i in range(num)]
+
+
+def generator(key: PRNGKey) -> np.random.Generator:
+    """Random numbers on the host."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+
 def as_key(key: Any) -> PRNGKey:
     """A typed key; keys of the older kind (two integers) are taken too."""
     if jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):

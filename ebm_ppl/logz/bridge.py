@@ -212,14 +212,12 @@ def _solve(of_posterior: np.ndarray, of_proposal: np.ndarray, share: float) -> f
 def _fit(key: PRNGKey, z: np.ndarray, warp: bool) -> StudentMixture:
     """The proposal for draws of shape (num, dim)."""
     if warp:
-        return parallel.once(_bell, z)
-    return fit_mixture(key, jnp.asarray(z), jnp.full(len(z), 1 / len(z), z.dtype))
+        return StudentMixture.normal(*jax.device_get(parallel.once(_moments, z))).with_tails(TAILS_SHARE)
+    return fit_mixture(key, z, np.full(len(z), 1 / len(z), z.dtype))
 
 
-def _bell(z: Array) -> StudentMixture:
-    """A normal distribution with a share of heavy tails, all about one centre."""
-    normal = StudentMixture.normal(jnp.mean(z, axis=0), DenseScale.of_cloud(z, len(z)))
-    return normal.with_tails(TAILS_SHARE)
+def _moments(z: Array) -> tuple[Array, DenseScale]:
+    return jnp.mean(z, axis=0), DenseScale.of_cloud(z, len(z))
 
 
 def _draw(key: PRNGKey, proposal: StudentMixture) -> Array:

@@ -24,8 +24,6 @@ import dataclasses
 import functools
 import math
 
-import jax
-
 from ebm_ppl.logz.fitted import BY_PILOT, IMPORTANCE, SHORT_PATH, FittedReference
 from ebm_ppl.logz.integral import CONTRADICTION, Integral, attempt, imprecise, opinion_of
 from ebm_ppl.logz.modes import Modes
@@ -34,7 +32,7 @@ from ebm_ppl.logz.search import GOOD_ENOUGH
 from ebm_ppl.rebase import Joint
 from ebm_ppl.smc import SMC, lagging, lags, run
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import EnergyError, PRNGKey, with_error
+from ebm_ppl.typing import EnergyError, PRNGKey, keys_of, with_error
 
 MOST_COORDINATES = 40
 """Of a target for nested sampling, each of whose births costs some slices along every coordinate."""
@@ -71,7 +69,7 @@ class Consultation:
 
     def integrate(self, key: PRNGKey, target: Tilted) -> Integral:
         """log Z of all energies of a target at once, with the story of how it was reached."""
-        key_first, key_second = jax.random.split(key)
+        key_first, key_second = keys_of(key, 2)
         heard = attempt(lambda: self.first.explore(key_first, target))
         if isinstance(heard, EnergyError):
             return self._alone(key_second, target, heard)
@@ -128,7 +126,7 @@ class Consultation:
             raise EnergyError(f"the budget of {self.budget:g} evaluations is used up.")
         by_nested = functools.partial(self._by_nested, modes=modes)
         ask = by_nested if target.dim <= MOST_COORDINATES else self._by_tempering
-        key, key_again = jax.random.split(key)
+        key, key_again = keys_of(key, 2)
         second = ask(key, target, 1.0)
         larger = min((second.std_error / self.tol) ** 2 * MARGIN, MOST_LARGER)
         if second.doubts or second.std_error <= self.tol or not second.num_evaluations * (1 + larger) <= budget:

@@ -24,7 +24,6 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from blackjax.smc.resampling import systematic
@@ -35,10 +34,10 @@ from ebm_ppl.logz.importance import BLOCKS, HAS_VARIANCE, HEAVIEST, Weighed, wei
 from ebm_ppl.logz.integral import CONTRADICTION, FEW, Integral, Opinion, attempt, opinion_of
 from ebm_ppl.logz.modes import Modes
 from ebm_ppl.logz.nested import NestedSampling
-from ebm_ppl.logz.search import Effort, Search, find_reference
+from ebm_ppl.logz.search import Effort, Search, find_reference, prepare
 from ebm_ppl.smc import SMC, lags
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import EnergyError, PRNGKey, with_error
+from ebm_ppl.typing import EnergyError, PRNGKey, keys_of, with_error
 
 IMPORTANCE = "importance sampling"
 """The branch of weights that behave."""
@@ -106,10 +105,11 @@ class FittedReference:
 
     def explore(self, key: PRNGKey, target: Tilted, known: Modes | None = None) -> tuple[Integral, Modes]:
         """As `integrate`, with the modes that ascents have met, to which those of an earlier search may be added."""
-        key_pilot, key_fit, key_final, key_path = jax.random.split(key, 4)
+        key_pilot, key_fit, key_final, key_path = keys_of(key, 4)
+        effort = Effort(self.num_ascents, self.num_draws, self.max_refits, self.defence, self.flow)
+        prepare(key, target, effort, getattr(self.pilot, "num_particles", CLOUD))
         pilot = _pilot(key_pilot, target, self.pilot)
         opinion, story = pilot.opinion, [pilot.story]
-        effort = Effort(self.num_ascents, self.num_draws, self.max_refits, self.defence, self.flow)
         found, modes = find_reference(key_fit, target, pilot.cloud, opinion.value, effort, story, known)
         search = opinion.num_evaluations + found.num_evaluations
         behaved = _can_be_trusted(found.seen)
@@ -183,7 +183,7 @@ def _pilot(key: PRNGKey, target: Tilted, method: SMC | NestedSampling) -> Pilot:
         draws = smc.run(key, target, method, progress_bar=False)
         opinion = opinion_of(draws)
         return Pilot(np.asarray(draws.z[0]), opinion, (), f"pilot of {method.num_particles} particles: log Z {opinion}")
-    key_run, key_cloud = jax.random.split(key)
+    key_run, key_cloud = keys_of(key, 2)
     found, z, log_weight = method.explore(key_run, target)
     opinion = Opinion(found.value, found.std_error, 0.0, found.num_evaluations, found.num_nan)
     weights = jnp.asarray(np.exp(log_weight - np.logaddexp.reduce(log_weight)))

@@ -26,14 +26,13 @@ import math
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ebm_ppl import parallel
 from ebm_ppl.logz.integral import check_energies, effective_share, pareto_k, relative_error, total_energy
 from ebm_ppl.rebase import Rebased
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import Array, PRNGKey, log_mean
+from ebm_ppl.typing import Array, PRNGKey, generator, keys_of, log_mean
 
 BLOCKS = 16
 """Scrambled sequences of an estimate: its standard error has one degree of freedom fewer."""
@@ -41,6 +40,8 @@ HAS_VARIANCE = 0.5
 """Of Pareto's k: below it the weights have a finite variance."""
 HEAVIEST = 0.99
 """The same, up to which the mean of a tail is taken by its word."""
+AT_ONCE = 2048
+"""Draws that are weighed by one call, on the CPU, so that few draws and many take the same program."""
 OWN_AT_ONCE = 256
 """Draws of a target's own reference."""
 MOST_AT_ONCE = 2**24
@@ -111,22 +112,22 @@ def _weighed(energies: list[np.ndarray]) -> Weighed:
 
 def _groups(key: PRNGKey, reference: Rebased, num: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Draws and their energies relative to q, some of the blocks at a time."""
-    key_cube, key_own = jax.random.split(key)
+    key_cube, key_own = keys_of(key, 2)
     per_block = num // BLOCKS
     few = math.ceil(float(reference.defence) * per_block) + 1
     owns = np.split(draw_own(key_own, reference.target, BLOCKS * few), BLOCKS)
-    seeds = np.asarray(jax.random.bits(key_cube, (BLOCKS,)))
+    rngs = generator(key_cube).spawn(BLOCKS)
     size = BLOCKS
     while size > 1 and size * per_block * reference.dim > MOST_AT_ONCE:
         size //= 2
     for start in range(0, BLOCKS, size):
-        blocks = zip(seeds[start : start + size], owns[start : start + size], strict=True)
-        z = np.concatenate([_even(int(seed), reference, per_block, own) for seed, own in blocks])
-        parts = parallel.over(_energy, parallel.split(jnp.asarray(z)), reference)
+        blocks = zip(rngs[start : start + size], owns[start : start + size], strict=True)
+        z = np.concatenate([_even(rng, reference, per_block, own) for rng, own in blocks])
+        parts = parallel.over(_energy, parallel.split(z, most=max(len(z) // AT_ONCE, 1)), reference)
         yield z, np.concatenate(jax.device_get(parts))
 
 
-def _even(seed: int, reference: Rebased, num: int, own: np.ndarray) -> np.ndarray:
+def _even(rng: np.random.Generator, reference: Rebased, num: int, own: np.ndarray) -> np.ndarray:
     """`num` draws of q from one scrambled sequence, whose first coordinate also says which of them are to be its own.
 
     Args:
@@ -134,9 +135,7 @@ def _even(seed: int, reference: Rebased, num: int, own: np.ndarray) -> np.ndarra
     """
     from scipy.stats import qmc  # which takes as long to import as the half of this package
 
-    cube = np.clip(
-        qmc.Sobol(reference.dim + 2, bits=32, rng=np.random.default_rng(seed)).random(num), SMALLEST, 1 - SMALLEST
-    )
+    cube = np.clip(qmc.Sobol(reference.dim + 2, bits=32, rng=rng).random(num), SMALLEST, 1 - SMALLEST)
     defence = float(reference.defence)
     is_own = cube[:, 0] < defence
     cube[:, 0] = np.maximum(cube[:, 0] - defence, 0.0) / (1 - defence)
@@ -147,13 +146,17 @@ def _even(seed: int, reference: Rebased, num: int, own: np.ndarray) -> np.ndarra
 
 def draw_own(key: PRNGKey, target: Tilted, num: int) -> np.ndarray:
     """Independent draws of a target's own reference, shape (num, dim), by one program for any number of them."""
-    keys = jax.random.split(key, math.ceil(num / OWN_AT_ONCE) * OWN_AT_ONCE).reshape(-1, OWN_AT_ONCE)
-    parts = parallel.over(_own, list(keys), target, hurry=True)
-    return np.concatenate(jax.device_get(parts))[:num]
+    parts = np.arange(math.ceil(num / OWN_AT_ONCE) * OWN_AT_ONCE).reshape(-1, OWN_AT_ONCE)
+    return np.concatenate(jax.device_get(parallel.over(_own, list(parts), key, target, hurry=True)))[:num]
 
 
-def _own(key: PRNGKey, target: Tilted) -> Array:
-    return target.sample_reference(key)
+def prepare_own(key: PRNGKey, target: Tilted) -> None:
+    """Starts to compile what `draw_own` needs."""
+    parallel.prepare_over(_own, np.arange(OWN_AT_ONCE), key, target, hurry=True)
+
+
+def _own(index: Array, key: PRNGKey, target: Tilted) -> Array:
+    return target.sample_reference(jax.random.fold_in(key, index))
 
 
 def _energy(z: Array, reference: Rebased) -> Array:

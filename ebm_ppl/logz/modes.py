@@ -76,8 +76,8 @@ def find_modes(
         known: modes that were found before, to which the others are added.
     """
     # A batch of ascents would take both sides of every line search, each with a copy of all matrices of the model.
-    parts = parallel.split(jnp.asarray(starts), most=len(starts))
-    parts = parallel.over(_ascend, parts, target, jnp.asarray(deviation))
+    parts = parallel.split(starts, most=len(starts))
+    parts = parallel.over(_ascend, parts, target, deviation)
     found = jax.tree.map(lambda *xs: np.concatenate(xs), *jax.device_get(parts))
     z, log_density, arrived, evaluations = found
     arrived &= np.isfinite(log_density) & np.all(np.isfinite(z), axis=1)
@@ -95,11 +95,19 @@ def find_modes(
             kept.append(Modes(z[i], log_density[i], scale, np.array(1)))
     if not kept:
         dim = target.dim
-        nothing = Modes(np.empty((0, dim)), np.empty(0), DenseScale(*2 * [jnp.empty((0, dim, dim))]), np.empty(0, int))
+        no_scale: Any = np.empty((0, dim, dim))
+        nothing = Modes(np.empty((0, dim)), np.empty(0), DenseScale(no_scale, no_scale), np.empty(0, int))
         return nothing, num_evaluations
     kept.sort(key=lambda mode: -float(mode.log_density))
     modes: Any = jax.tree.map(lambda *xs: np.stack(xs), *kept)
     return modes, num_evaluations
+
+
+def prepare_ascents(target: Tilted) -> None:
+    """Starts to compile what `find_modes` needs."""
+    point = jax.ShapeDtypeStruct((target.dim,), jnp.result_type(float))
+    parallel.prepare_over(_ascend, jax.ShapeDtypeStruct((1, target.dim), point.dtype), target, point)
+    parallel.prepare_once(_touching, point, target)
 
 
 def unvisited(modes: Modes, z: np.ndarray) -> float:

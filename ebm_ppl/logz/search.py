@@ -20,7 +20,7 @@ References:
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,14 +30,14 @@ import numpy as np
 from ebm_ppl import parallel
 from ebm_ppl.centring import Centring, coordinates_of, learn_centring
 from ebm_ppl.flow import Flow, fit_flow
-from ebm_ppl.logz.importance import Weighed, draw, draw_own
-from ebm_ppl.logz.modes import Modes, find_modes, spread_of
+from ebm_ppl.logz.importance import Weighed, draw, draw_own, prepare_own
+from ebm_ppl.logz.modes import Modes, find_modes, prepare_ascents, spread_of
 from ebm_ppl.metric import closest_normal
-from ebm_ppl.mixture import DEGREES, TAILS, StudentMixture, fit_mixture
-from ebm_ppl.rebase import Blend, Rebased
+from ebm_ppl.mixture import DEGREES, FEWEST_PLACES, TAILS, StudentMixture, fit_mixture, prepare_fit
+from ebm_ppl.rebase import Blend, Proposal, Rebased
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.target import Tilted, log_joint
-from ebm_ppl.typing import Array, PRNGKey
+from ebm_ppl.typing import Array, PRNGKey, keys_of
 
 UNACCOUNTED = 1.5
 """Nats by which a mode is higher than the fit says, to become a component of its own."""
@@ -110,7 +110,24 @@ class Placed(eqx.Module):
         return self.mixture.log_density(u) + log_det
 
     def from_cube(self, u: np.ndarray) -> np.ndarray:
-        return _placed(self.mixture.from_cube(u), self.centring)
+        return np.array(_all_placed(self.mixture.from_cube(u), self.centring))
+
+
+@jax.jit
+def _all_placed(u: Array, centring: Centring) -> Array:
+    return jax.vmap(centring.place)(u)[0]
+
+
+def _placed(mixture: StudentMixture, centring: Centring | None) -> Proposal:
+    return mixture if centring is None else Placed(mixture, centring)
+
+
+def prepare(key: PRNGKey, target: Tilted, effort: Effort, num_points: int) -> None:
+    """Starts to compile what a search needs, for while the pilot is under way that will give it so many points."""
+    prepare_own(key, target)
+    prepare_ascents(target)
+    if attainable_share(num_points, target.dim) >= GOOD_SHARE:
+        prepare_fit(num_points + effort.max_refits * effort.num_draws, target.dim)
 
 
 def find_reference(
@@ -129,18 +146,18 @@ def find_reference(
         log_z: about that of the target, which says what a mode is worth.
         known: modes that an earlier search has met.
     """
-    key_modes, key_given, key_learned = jax.random.split(key, 3)
+    key_modes, key_given, key_learned, key_flow = keys_of(key, 4)
     modes, evaluations = _modes(key_modes, target, cloud, effort.num_ascents, known)
     before = f", {len(known.z)} of them from before" if known is not None else ""
     arrived = np.sum(modes.hits) - (np.sum(known.hits) if known is not None else 0)
     story.append(f"{arrived} ascents arrived: {len(modes.z)} modes{before}, {modes.num_once} of them met once")
     gradients = None
-    if attainable_share(cloud) < GOOD_SHARE:
-        parts = parallel.over(_gradient, parallel.split(jnp.asarray(cloud)), target)
+    if attainable_share(*cloud.shape) < GOOD_SHARE:
+        parts = parallel.over(_gradient, parallel.split(cloud), target)
         gradients = np.concatenate(jax.device_get(parts))
         evaluations += len(cloud)
     given = Given(target, cloud, gradients, modes, log_z, effort, story)
-    best = _fits(key_given, given, Centring.identity(target.dim))
+    best = _fits(key_given, given, None)
     if best.seen.effective_share < GOOD_ENOUGH:
         half = len(cloud) // 2
         centring = learn_centring(cloud[:half], cloud[half:], target.site_numbers, target.is_logistic)
@@ -148,24 +165,23 @@ def find_reference(
             story.append("scales that follow other coordinates, so the same where they do not:")
             best = _better(best, _fits(key_learned, given, centring))
     if effort.flow is not None:
-        best = _better(best, _with_flow(jax.random.fold_in(key, 3), given, best, effort.flow))
+        best = _better(best, _with_flow(key_flow, given, best, effort.flow))
     return best._replace(num_evaluations=evaluations + best.num_evaluations), modes
 
 
-def _fits(key: PRNGKey, given: Given, centring: Centring) -> Search:
+def _fits(key: PRNGKey, given: Given, centring: Centring | None) -> Search:
     """The best of mixtures and, where the cloud alone tells too little of them, a fit to the gradients at it."""
-    key_gradients, key_points = jax.random.split(key)
+    key_gradients, key_points = keys_of(key, 2)
     normal = _by_gradients(key_gradients, given, centring)
     if normal is None:
         return _mixtures(key_points, given, centring)
-    if normal.seen.effective_share >= attainable_share(given.cloud):
+    if normal.seen.effective_share >= attainable_share(*given.cloud.shape):
         return normal
     return _better(_mixtures(key_points, given, centring), normal)
 
 
-def attainable_share(cloud: np.ndarray) -> float:
-    """About the largest effective share of the draws of a normal distribution with the moments of a normal cloud."""
-    num, dim = cloud.shape
+def attainable_share(num: int, dim: int) -> float:
+    """About the largest effective share of the draws of a normal distribution with the moments of so many points."""
     return math.exp(-(dim**2) / (2 * num))
 
 
@@ -177,15 +193,17 @@ def _better(first: Search, second: Search) -> Search:
     )
 
 
-def _by_gradients(key: PRNGKey, given: Given, centring: Centring) -> Search | None:
+def _by_gradients(key: PRNGKey, given: Given, centring: Centring | None) -> Search | None:
     """The normal distribution by the gradients at the cloud; None without them, or where it would leave a mode out."""
     if given.gradients is None:
         return None
-    u, scores = parallel.once(_pulled, given.cloud, given.gradients, centring)
+    u, scores = given.cloud, given.gradients
+    if centring is not None:
+        u, scores = parallel.once(_pulled, u, scores, centring)
     if not np.all(np.isfinite(scores)):
         return None
-    normal = StudentMixture.normal(*parallel.once(closest_normal, u, scores))
-    if np.any(_unaccounted(given.modes, Placed(normal, centring), given.log_z)):
+    normal = StudentMixture.normal(*jax.device_get(parallel.once(closest_normal, u, scores)))
+    if np.any(_unaccounted(given.modes, normal, centring, given.log_z)):
         return None
     reference = _reference(given.target, normal, centring, given.effort)
     z, seen = draw(key, reference, given.effort.num_draws)
@@ -203,13 +221,14 @@ def _pulled(z: Array, gradients: Array, centring: Centring) -> tuple[Array, Arra
     return u, jax.vmap(centring.pull)(u, gradients)
 
 
-def _reference(target: Tilted, mixture: StudentMixture, centring: Centring, effort: Effort) -> Rebased:
+def _reference(target: Tilted, mixture: StudentMixture, centring: Centring | None, effort: Effort) -> Rebased:
     """Guarded by heavy tails and a share of the target's own reference."""
-    proposal = Placed(mixture.with_tails(TAILS_SHARE), centring)
-    return Rebased(target, proposal, jnp.asarray(effort.defence, mixture.mean.dtype))
+    proposal = _placed(mixture.with_tails(TAILS_SHARE).with_places(2 * FEWEST_PLACES), centring)
+    defence: Any = np.asarray(effort.defence, mixture.mean.dtype)
+    return Rebased(target, proposal, defence)
 
 
-def _mixtures(key: PRNGKey, given: Given, centring: Centring) -> Search:
+def _mixtures(key: PRNGKey, given: Given, centring: Centring | None) -> Search:
     """Fits to the cloud and to weighted draws of the fits before, for as long as they get better."""
     target, cloud, _, modes, log_z, effort, story = given
     room = len(cloud) + effort.max_refits * effort.num_draws
@@ -217,9 +236,9 @@ def _mixtures(key: PRNGKey, given: Given, centring: Centring) -> Search:
     points[: len(cloud)], weights[: len(cloud)], filled = _coordinates(cloud, centring), FAITHFUL, len(cloud)
     best, mixture, evaluations, num_nan, left_out = None, None, 0, 0, 0
     for fit in range(effort.max_refits + 1):
-        key_fit, key_draw = jax.random.split(jax.random.fold_in(key, fit))
-        mixture = fit_mixture(key_fit, jnp.asarray(points), jnp.asarray(weights), mixture)
-        if fit == 0 and np.any(missed := _unaccounted(modes, Placed(mixture, centring), log_z)):
+        key_fit, key_draw = keys_of(jax.random.fold_in(key, fit), 2)
+        mixture = fit_mixture(key_fit, points, weights, mixture)
+        if fit == 0 and np.any(missed := _unaccounted(modes, mixture, centring, log_z)):
             left_out = max(int(np.sum(missed)) - MOST_MODES, 0)
             but = f" but {left_out}" if left_out else ""
             story.append(f"{np.sum(missed)} modes that the pilot missed: a component for each{but}")
@@ -243,7 +262,7 @@ def _mixtures(key: PRNGKey, given: Given, centring: Centring) -> Search:
 
 def _with_flow(key: PRNGKey, given: Given, fitted: Search, settings: Flow) -> Search:
     """A flow trained on the cloud, on weighted draws of a mixture and on the target, with the mixture as guard."""
-    key_fit, key_draw = jax.random.split(key)
+    key_fit, key_draw = keys_of(key, 2)
     points = np.concatenate([given.cloud, fitted.z])
     weights = np.concatenate([np.full(len(given.cloud), FAITHFUL), _truncated(fitted.seen)]).astype(points.dtype)
     flow, evaluations = fit_flow(key_fit, points, weights, given.target, settings)
@@ -255,25 +274,21 @@ def _with_flow(key: PRNGKey, given: Given, fitted: Search, settings: Flow) -> Se
     return Search(reference, z, seen, evaluations + seen.num, seen.num_nan, fitted.num_left_out)
 
 
-def _coordinates(z: np.ndarray, centring: Centring) -> np.ndarray:
+def _coordinates(z: np.ndarray, centring: Centring | None) -> np.ndarray:
     """Of points of shape (num, dim)."""
-    return np.asarray(jax.jit(coordinates_of)(jnp.asarray(z), centring))
+    if centring is None:
+        return z
+    return np.concatenate(parallel.over(_coordinates_of, parallel.split(z), centring, hurry=True))
 
 
-def _placed(u: np.ndarray, centring: Centring) -> np.ndarray:
-    """The inverse of `_coordinates`."""
-    return np.array(_all_placed(jnp.asarray(u), centring))
-
-
-@jax.jit
-def _all_placed(u: Array, centring: Centring) -> Array:
-    return jax.vmap(centring.place)(u)[0]
+def _coordinates_of(z: Array, centring: Centring) -> Array:
+    return centring.coordinates(z)[0]
 
 
 def _modes(key: PRNGKey, target: Tilted, cloud: np.ndarray, num: int, known: Modes | None = None) -> tuple[Modes, int]:
     """Modes by ascents from draws of the reference, and a few from the cloud, until none has been met only once."""
     few = num // 4
-    starts = np.concatenate([draw_own(key, target, num - few), cloud[:few]])
+    starts = np.concatenate([draw_own(jax.random.fold_in(key, 0), target, num - few), cloud[:few]])
     deviation = spread_of(starts)
     modes, evaluations = find_modes(target, starts, deviation, known)
     for again in range(1, MOST_SEARCHES):
@@ -286,41 +301,44 @@ def _modes(key: PRNGKey, target: Tilted, cloud: np.ndarray, num: int, known: Mod
     return modes, evaluations
 
 
-def _unaccounted(modes: Modes, proposal: Placed, log_z: float) -> np.ndarray:
-    """Which modes the proposal gives far less density than they have."""
+def _unaccounted(modes: Modes, mixture: StudentMixture, centring: Centring | None, log_z: float) -> np.ndarray:
+    """Which modes a mixture gives far less density than they have."""
     if not len(modes.z):
         return np.zeros(0, bool)
-    described = np.asarray(jax.vmap(proposal.log_density)(jnp.asarray(modes.z)))
-    return modes.log_density - log_z - described > UNACCOUNTED
+    proposal = _placed(mixture.with_places(FEWEST_PLACES), centring)
+    parts = parallel.over(_log_density, parallel.split(modes.z, most=len(modes.z)), proposal, hurry=True)
+    return modes.log_density - log_z - np.concatenate(parts) > UNACCOUNTED
 
 
-def _with_modes(mixture: StudentMixture, modes: Modes, centring: Centring, log_z: float) -> StudentMixture:
+def _log_density(z: Array, proposal: Proposal) -> Array:
+    return proposal.log_density(z)
+
+
+def _with_modes(mixture: StudentMixture, modes: Modes, centring: Centring | None, log_z: float) -> StudentMixture:
     """A light and a heavy component for each mode, both with its curvature; what it is worth only the weights can tell.
 
     The curvature of a Student t at its mode is that of a normal distribution with (nu + dim) / nu times its precision.
     """
     mass = np.clip(np.exp(np.clip(modes.log_mass - log_z, -20, 20)), *MASS)[:MOST_MODES]
     num, dim = len(mass), modes.z.shape[1]
-    log_weight = jnp.log(jnp.asarray(mass / mass.sum(), mixture.mean.dtype))
-    mean, factor, inverse = _touching(jnp.asarray(modes.z[:num]), jnp.asarray(modes.scale.factor[:num]), centring)
+    mean, factor, inverse = (np.asarray(x)[:num] for x in (modes.z, modes.scale.factor, modes.scale.inverse))
+    if centring is not None:
+        parts = parallel.over(_touching, parallel.split((mean, factor), most=num), centring, hurry=True)
+        mean, factor, inverse = (np.concatenate(x) for x in zip(*jax.device_get(parts), strict=True))
+    log_weight, ones = np.log(mass / mass.sum()).astype(mean.dtype), np.ones(num, mean.dtype)
     wider = math.sqrt((TAILS + dim) / TAILS)
-    light = StudentMixture(log_weight, mean, factor, inverse, jnp.full(num, DEGREES[-1], mean.dtype))
-    heavy = StudentMixture(log_weight, mean, factor * wider, inverse / wider, jnp.full(num, TAILS, mean.dtype))
+    light = StudentMixture(log_weight, mean, factor, inverse, DEGREES[-1] * ones)
+    heavy = StudentMixture(log_weight, mean, factor * wider, inverse / wider, TAILS * ones)
     total = min(mass.sum(), MASS[1])
-    half, share = jnp.asarray(0.5, mean.dtype), jnp.asarray(total / (1 + total), mean.dtype)
-    return mixture.joined(light.joined(heavy, half), share)
+    return mixture.joined(light.joined(heavy, 0.5), total / (1 + total))
 
 
-@jax.jit
-def _touching(z: Array, factor: Array, centring: Centring) -> tuple[Array, Array, Array]:
-    """Modes and the scales of their curvature, in the coordinates of a centring."""
-
-    def of_mode(z: Array, factor: Array) -> tuple[Array, Array, Array]:
-        turned = jax.jacfwd(lambda z: centring.coordinates(z)[0])(z) @ factor
-        scale = DenseScale.of_covariance(turned @ turned.T)
-        return centring.coordinates(z)[0], scale.factor, scale.inverse
-
-    return jax.vmap(of_mode)(z, factor)
+def _touching(mode: tuple[Array, Array], centring: Centring) -> tuple[Array, Array, Array]:
+    """A mode and the scale of its curvature, in the coordinates of a centring."""
+    z, factor = mode
+    turned = jax.jacfwd(lambda z: centring.coordinates(z)[0])(z) @ factor
+    scale = DenseScale.of_covariance(turned @ turned.T)
+    return centring.coordinates(z)[0], scale.factor, scale.inverse
 
 
 def _truncated(seen: Weighed) -> np.ndarray:

@@ -1,9 +1,16 @@
 """Weights of draws: an error bar that knows of weights which no draw has shown."""
 
+import jax
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 
-from ebm_ppl.logz.importance import BLOCKS, Weighed
+import ebm_ppl as ebm
+from ebm_ppl.logz.importance import BLOCKS, Weighed, draw, weigh
+from ebm_ppl.mixture import StudentMixture
+from ebm_ppl.rebase import Rebased
+from ebm_ppl.scale import DenseScale
 
 NUM_RUNS = 1000
 
@@ -31,3 +38,26 @@ def test_unseen_weights_are_those_beyond_the_largest():
         beyond = largest ** (-1 / k) * largest / (1 - k)  # E[w; w > largest], exactly
         one_in_num = beyond / (num * largest ** (-1 / k))
         assert found.unseen == pytest.approx(one_in_num / np.exp(found.value), rel=0.35)  # as well as k is known
+
+
+def reference():
+    """Half as wide as the target, which is its own reference."""
+
+    def model():
+        numpyro.sample("x", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+
+    normal = StudentMixture.normal(np.zeros(2), DenseScale(np.eye(2), np.eye(2)))
+    return Rebased(ebm.target(model), normal.with_tails(0.1), np.array(0.1))
+
+
+def test_blocks_are_draws_of_their_own():
+    z, seen = draw(jax.random.key(0), reference(), 2**10)
+    assert z.shape == (2**10, 2) and len(np.unique(z, axis=0)) == len(z)
+    assert seen.log_weight.shape == (BLOCKS, 2**6)
+
+
+def test_draws_are_weighed_in_parts():
+    """Of a target that is its own reference Z is 1, from as many draws as are weighed by one call, and from more."""
+    for num in (2**11, 2**14):
+        found = weigh(jax.random.key(1), reference(), num)
+        assert found.num == num and abs(found.value) < 4 * found.std_error < 0.1

@@ -59,8 +59,10 @@ def test_modes_are_looked_for_until_none_has_been_met_only_once():
     cloud = np.random.default_rng(0).normal(0, 10, (100, 2))
     few, _ = find_modes(target, cloud[:24], deviation)
     assert few.num_once > 0 and few.unseen == few.num_once / few.hits.sum() and len(few.z) < 12
-    all_of_them, evaluations = _modes(jax.random.key(0), target, cloud, 24)
-    assert len(all_of_them.z) == 12 and evaluations > 24 * 8
+    found = [_modes(jax.random.key(seed), target, cloud, 24) for seed in range(8)]
+    assert all(evaluations > 24 * 8 for _, evaluations in found)
+    # A search of few ascents may end with some unseen: of 20 keys 3 did.
+    assert sum(len(modes.z) == 12 for modes, _ in found) >= 4
     again, _ = find_modes(target, cloud[:24], deviation, few)
     np.testing.assert_array_equal(again.hits, 2 * few.hits)
 

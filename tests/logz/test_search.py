@@ -50,7 +50,7 @@ LOG_Z = dist.MultivariateNormal(jnp.zeros(DIM), np.eye(DIM) + COVARIANCE).log_pr
 
 def test_gradients_fit_what_the_cloud_is_too_small_for():
     found, story = search(log_likelihood_about(1.0), float(LOG_Z))
-    assert attainable_share(cloud_about(1.0)) < 0.3
+    assert attainable_share(NUM, DIM) < 0.3
     assert found.seen.effective_share > GOOD_SHARE
     assert abs(found.seen.value - LOG_Z) < 4 * found.seen.std_error < 0.1
     assert "by gradients" in story[-1]  # no mixture was fitted
@@ -130,9 +130,13 @@ def test_gradients_in_coordinates_of_their_own():
     rng, story = np.random.default_rng(0), []
     v = rng.normal(size=(NUM, 1))
     cloud = np.concatenate([v, np.exp(v) * rng.normal(size=(NUM, DIM - 1))], axis=1)
-    found, _ = find_reference(jax.random.key(0), ebm.target(model), cloud, 0.0, EFFORT, story)
-    assert "non-centred" in story[-2] or "scales that follow" in story[-2]
-    assert "by gradients" in story[-1] and found.seen.effective_share > 0.8
+    target, shares = ebm.target(model), []
+    for seed in range(3):
+        found, _ = find_reference(jax.random.key(seed), target, cloud, 0.0, EFFORT, story)
+        assert "non-centred" in story[-2] or "scales that follow" in story[-2]
+        assert "by gradients" in story[-1]
+        shares.append(found.seen.effective_share)
+    assert np.median(shares) > 0.8  # of 12 keys one has a single heavy draw, and a share of .5
 
 
 def test_gradients_that_are_not_finite_are_left_alone_and_counted():
