@@ -596,10 +596,17 @@ MUTATIONS = (
         ("logz/test_importance.py::test_two_standard_errors_cover_the_truth[0.65]",),
     ),
     Mutation(
+        "a fit that is taken for its share, whatever its tail",
+        "logz/importance.py",
+        "return self.behaves, self.effective_share",
+        "return True, self.effective_share",
+        ("logz/test_search.py::test_a_fit_with_a_heavy_tail_is_not_good_enough",),
+    ),
+    Mutation(
         "weights kept by what they are themselves",
         "logz/fitted.py",
         "keeps = behaved and final.pareto_k <= HEAVIEST",
-        "keeps = _can_be_trusted(final) and final.pareto_k <= 0.7",
+        "keeps = final.behaves and final.pareto_k <= 0.7",
         ("logz/test_fitted.py::test_draws_do_not_decide_whether_they_are_kept",),
     ),
     Mutation(

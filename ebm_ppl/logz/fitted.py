@@ -30,7 +30,7 @@ from blackjax.smc.resampling import systematic
 
 from ebm_ppl import smc
 from ebm_ppl.flow import Flow
-from ebm_ppl.logz.importance import BLOCKS, HAS_VARIANCE, HEAVIEST, Weighed, weigh
+from ebm_ppl.logz.importance import BLOCKS, HEAVIEST, Weighed, weigh
 from ebm_ppl.logz.integral import CONTRADICTION, FEW, Integral, Opinion, attempt, opinion_of
 from ebm_ppl.logz.modes import Modes
 from ebm_ppl.logz.nested import NestedSampling
@@ -47,10 +47,6 @@ BY_PILOT = "the pilot"
 """The branch of heavy weights after a pilot of nested sampling, whose own log Z is the estimate."""
 CLOUD = 2000
 """Points that are fitted of a pilot of nested sampling."""
-LARGEST_K_OF_FEW = 0.85
-"""Of Pareto's k, as draws show it by which a fit is judged: `LARGEST_K`, and a standard error of theirs."""
-FAIR_SHARE = 0.1
-"""Effective share of the draws below which a heavy tail may not have shown itself."""
 SMALL_SHARE = 0.01
 """Effective share of the draws below which the path from the fitted reference is not the shorter one, unless their
 weights have a mean."""
@@ -112,7 +108,7 @@ class FittedReference:
         opinion, story = pilot.opinion, [pilot.story]
         found, modes = find_reference(key_fit, target, pilot.cloud, opinion.value, effort, story, known)
         search = opinion.num_evaluations + found.num_evaluations
-        behaved = _can_be_trusted(found.seen)
+        behaved = found.seen.behaves
         final = weigh(key_final, found.reference, _enough(found.seen, search, self)) if behaved else found.seen
         draws = f"{final.num} fresh draws" if behaved else "no fresh draws, but these"
         story.append(
@@ -160,11 +156,6 @@ class FittedReference:
 
 def _by_weights(final: Weighed) -> tuple[Opinion, str, float]:
     return Opinion(final.value, final.std_error, 0.0, 0.0, 0), IMPORTANCE, 0.0
-
-
-def _can_be_trusted(seen: Weighed) -> bool:
-    """Whether the mean of such weights settles; where few of the draws count, whether they have a variance too."""
-    return seen.pareto_k <= (LARGEST_K_OF_FEW if seen.effective_share >= FAIR_SHARE else HAS_VARIANCE)
 
 
 class Pilot(NamedTuple):

@@ -38,6 +38,10 @@ BLOCKS = 16
 """Scrambled sequences of an estimate: its standard error has one degree of freedom fewer."""
 HAS_VARIANCE = 0.5
 """Of Pareto's k: below it the weights have a finite variance."""
+LARGEST_K_OF_FEW = 0.85
+"""The same, as draws show it by which a fit is judged: `LARGEST_K`, and a standard error of theirs."""
+FAIR_SHARE = 0.1
+"""Effective share of the draws below which a heavy tail may not have shown itself."""
 HEAVIEST = 0.99
 """The same, up to which the mean of a tail is taken by its word."""
 AT_ONCE = 2048
@@ -90,6 +94,16 @@ class Weighed:
     @functools.cached_property
     def pareto_k(self) -> float:
         return pareto_k(self.log_weight)
+
+    @property
+    def behaves(self) -> bool:
+        """Whether the mean of such weights settles; where few of the draws count, whether they have a variance too."""
+        return self.pareto_k <= (LARGEST_K_OF_FEW if self.effective_share >= FAIR_SHARE else HAS_VARIANCE)
+
+    @property
+    def fit(self) -> tuple[bool, float]:
+        """By which references are compared: whether the weights behave, then how many of the draws are effective."""
+        return self.behaves, self.effective_share
 
 
 def draw(key: PRNGKey, reference: Rebased, num: int) -> tuple[np.ndarray, Weighed]:

@@ -187,7 +187,7 @@ def attainable_share(num: int, dim: int) -> float:
 
 def _better(first: Search, second: Search) -> Search:
     """The one that fits better, at the cost of both."""
-    best = max(first, second, key=lambda search: search.seen.effective_share)
+    best = max(first, second, key=lambda search: search.seen.fit)
     return best._replace(
         num_evaluations=first.num_evaluations + second.num_evaluations, num_nan=first.num_nan + second.num_nan
     )
@@ -248,10 +248,13 @@ def _mixtures(key: PRNGKey, given: Given, centring: Centring | None) -> Search:
         z, seen = draw(key_draw, reference, effort.num_draws)
         evaluations, num_nan = evaluations + seen.num, num_nan + seen.num_nan
         share, before = seen.effective_share, best.seen.effective_share if best else 0.0
-        story.append(f"fit {fit + 1}: {len(mixture.log_weight)} components, {share:.0%} of the draws are effective")
-        if share > before:
+        heavy = "" if seen.behaves else f", but their tail is heavy (Pareto k {seen.pareto_k:.2f})"
+        components = f"{len(mixture.log_weight)} components"
+        story.append(f"fit {fit + 1}: {components}, {share:.0%} of the draws are effective{heavy}")
+        if best is None or seen.fit > best.seen.fit:
             best = Search(reference, z, seen, evaluations, num_nan, left_out)
-        if share >= GOOD_SHARE or share < WORTHWHILE * before or fit == effort.max_refits:
+        is_enough = share >= GOOD_SHARE or share < WORTHWHILE * before
+        if (best.seen.behaves and is_enough) or fit == effort.max_refits:
             break
         here = slice(filled, filled + seen.num)
         points[here] = _coordinates(z, centring)

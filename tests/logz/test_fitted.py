@@ -12,8 +12,8 @@ from limits import chi2_limits, t_limit
 from problems import FUNNEL_IN_A_BOX, PROBLEMS, funnel_in_a_box
 
 import ebm_ppl as ebm
-from ebm_ppl.logz.fitted import HAS_VARIANCE, IMPORTANCE, LARGEST_K_OF_FEW
-from ebm_ppl.logz.importance import BLOCKS, Weighed, weigh
+from ebm_ppl.logz.fitted import IMPORTANCE
+from ebm_ppl.logz.importance import BLOCKS, HAS_VARIANCE, LARGEST_K_OF_FEW, Weighed, weigh
 from ebm_ppl.logz.integral import LARGEST_K
 
 NUM_RUNS = 12
@@ -82,7 +82,7 @@ def test_draws_weighed_a_block_at_a_time_are_the_same(monkeypatch):
 @pytest.mark.slow
 def test_heavy_tails_are_left_to_smc(monkeypatch):
     """No weights are good enough here, so that every run goes on from its fitted reference."""
-    monkeypatch.setattr("ebm_ppl.logz.fitted.LARGEST_K_OF_FEW", -10.0)
+    monkeypatch.setattr("ebm_ppl.logz.importance.LARGEST_K_OF_FEW", -10.0)
     found, scores = runs("regression", small(tol=0.05, fallback=SMALL))
     low, high = chi2_limits(1, NUM_RUNS)
     assert low < np.sum(scores**2) < high
@@ -104,7 +104,7 @@ def test_draws_do_not_decide_whether_they_are_kept(monkeypatch):
 
 def test_weights_are_kept_where_smc_fails(monkeypatch):
     """No weights are good enough here, and SMC never comes to an end."""
-    monkeypatch.setattr("ebm_ppl.logz.fitted.LARGEST_K_OF_FEW", -10.0)
+    monkeypatch.setattr("ebm_ppl.logz.importance.LARGEST_K_OF_FEW", -10.0)
     found = small(fallback=dataclasses.replace(SMALL, max_stages=1, target_ess=0.99999)).integrate(
         jax.random.key(0), PROBLEMS["regression"].target()
     )

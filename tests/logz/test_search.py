@@ -10,7 +10,7 @@ import pytest
 import ebm_ppl as ebm
 from ebm_ppl.logz import search as search_module
 from ebm_ppl.logz.fitted import BY_PILOT, IMPORTANCE, SHORT_PATH, Pilot, _doubts
-from ebm_ppl.logz.importance import Weighed
+from ebm_ppl.logz.importance import LARGEST_K_OF_FEW, Weighed, draw
 from ebm_ppl.logz.integral import Opinion
 from ebm_ppl.logz.modes import find_modes
 from ebm_ppl.logz.search import GOOD_SHARE, MOST_MODES, Effort, attainable_share, find_reference
@@ -118,6 +118,32 @@ def test_modes_known_from_before():
     assert not any("the pilot missed" in line for line in stories[0])
     assert "16 ascents arrived: 2 modes, 1 of them from before" in stories[1][0]
     assert any("1 modes that the pilot missed" in line for line in stories[1])
+
+
+def test_a_fit_with_a_heavy_tail_is_not_good_enough(monkeypatch):
+    """Most draws are effective, but for a tail without a mean: so another fit, and that one is the better."""
+
+    def drawn(*arguments):
+        z, seen = draw(*arguments)
+        if not tails:
+            rng = np.random.default_rng(0)
+            light = 0.01 * rng.random(seen.log_weight.shape)
+            seen = Weighed(np.maximum(-0.95 * np.log(rng.random(light.shape)) - 3, light), 0)
+        tails.append(seen.pareto_k)
+        return z, seen
+
+    tails, story = [], []
+    monkeypatch.setattr("ebm_ppl.logz.search.draw", drawn)
+
+    def model():
+        x = numpyro.sample("x", dist.Normal(0, 1).expand([2]).to_event(1))
+        ebm.energy_factor("nothing", 0.0 * x[0], role="loss")
+
+    cloud = np.random.default_rng(1).normal(size=(NUM, 2))
+    effort = EFFORT._replace(max_refits=2)
+    found, _ = find_reference(jax.random.key(0), ebm.target(model), cloud, 0.0, effort, story)
+    assert tails[0] > LARGEST_K_OF_FEW > tails[1] and len(tails) == 2
+    assert found.seen.pareto_k == tails[1] and "tail is heavy" in story[1]
 
 
 def test_gradients_in_coordinates_of_their_own():
