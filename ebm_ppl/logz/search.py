@@ -37,7 +37,7 @@ from ebm_ppl.mixture import DEGREES, FEWEST_PLACES, TAILS, StudentMixture, fit_m
 from ebm_ppl.rebase import Blend, Proposal, Rebased
 from ebm_ppl.scale import DenseScale
 from ebm_ppl.target import Tilted, log_joint
-from ebm_ppl.typing import Array, PRNGKey, keys_of
+from ebm_ppl.typing import Array, PRNGKey, generator, keys_of
 
 UNACCOUNTED = 1.5
 """Nats by which a mode is higher than the fit says, to become a component of its own."""
@@ -52,6 +52,8 @@ GOOD_SHARE = 0.9
 """Effective share of the draws beyond which a better q is not worth its price."""
 GOOD_ENOUGH = 0.5
 """The same for a search in other coordinates."""
+POINTS_PER_DIMENSION = 3
+"""Of a cloud whose gradients alone are enough."""
 TAILS_SHARE = 0.1
 """Share of q that has heavy tails."""
 GUARD_SHARE = 0.2
@@ -83,13 +85,20 @@ class Search(NamedTuple):
     """Modes that have no part in the reference."""
 
 
+class Slopes(NamedTuple):
+    """Gradients of the log density, and where, each (num, dim)."""
+
+    z: np.ndarray
+    gradients: np.ndarray
+
+
 class Given(NamedTuple):
     """What every fit starts from."""
 
     target: Tilted
     cloud: np.ndarray
-    gradients: np.ndarray | None
-    """Of the log density at the cloud, where the cloud alone tells too little."""
+    slopes: Slopes | None
+    """Where the cloud alone tells too little."""
     modes: Modes
     log_z: float
     effort: Effort
@@ -146,17 +155,16 @@ def find_reference(
         log_z: about that of the target, which says what a mode is worth.
         known: modes that an earlier search has met.
     """
-    key_modes, key_given, key_learned, key_flow = keys_of(key, 4)
+    key_modes, key_given, key_learned, key_flow, key_slopes = keys_of(key, 5)
     modes, evaluations = _modes(key_modes, target, cloud, effort.num_ascents, known)
     before = f", {len(known.z)} of them from before" if known is not None else ""
     arrived = np.sum(modes.hits) - (np.sum(known.hits) if known is not None else 0)
     story.append(f"{arrived} ascents arrived: {len(modes.z)} modes{before}, {modes.num_once} of them met once")
-    gradients = None
+    slopes = None
     if attainable_share(*cloud.shape) < GOOD_SHARE:
-        parts = parallel.over(_gradient, parallel.split(cloud), target)
-        gradients = np.concatenate(jax.device_get(parts))
-        evaluations += len(cloud)
-    given = Given(target, cloud, gradients, modes, log_z, effort, story)
+        slopes = _slopes(key_slopes, target, cloud, effort.num_draws)
+        evaluations += len(slopes.z)
+    given = Given(target, cloud, slopes, modes, log_z, effort, story)
     best = _fits(key_given, given, None)
     if best.seen.effective_share < GOOD_ENOUGH:
         half = len(cloud) // 2
@@ -194,21 +202,42 @@ def _better(first: Search, second: Search) -> Search:
 
 
 def _by_gradients(key: PRNGKey, given: Given, centring: Centring | None) -> Search | None:
-    """The normal distribution by the gradients at the cloud; None without them, or where it would leave a mode out."""
-    if given.gradients is None:
+    """The normal distribution by gradients; None without them, or where it would leave a mode out."""
+    if given.slopes is None:
         return None
-    u, scores = given.cloud, given.gradients
+    u, scores = given.slopes
     if centring is not None:
         u, scores = parallel.once(_pulled, u, scores, centring)
     if not np.all(np.isfinite(scores)):
         return None
-    normal = StudentMixture.normal(*jax.device_get(parallel.once(closest_normal, u, scores)))
+    normal = _closest(u, scores)
     if np.any(_unaccounted(given.modes, normal, centring, given.log_z)):
         return None
     reference = _reference(given.target, normal, centring, given.effort)
     z, seen = draw(key, reference, given.effort.num_draws)
     given.story.append(f"a normal distribution by gradients: {seen.effective_share:.0%} of the draws are effective")
     return Search(reference, z, seen, seen.num, seen.num_nan)
+
+
+def _slopes(key: PRNGKey, target: Tilted, cloud: np.ndarray, num_draws: int) -> Slopes:
+    """Gradients at a cloud; in more dimensions than its halves span at draws of a first fit, too.
+
+    Those of a normal target tell the same wherever they are.
+    """
+
+    def at(z: np.ndarray) -> np.ndarray:
+        return np.concatenate(jax.device_get(parallel.over(_gradient, parallel.split(z), target)))
+
+    gradients, dim = at(cloud), target.dim
+    if len(cloud) >= POINTS_PER_DIMENSION * dim or not np.all(np.isfinite(gradients)):
+        return Slopes(cloud, gradients)
+    cube = generator(key).uniform(size=(num_draws, dim + 2))
+    drawn = _closest(cloud, gradients).from_cube(cube)
+    return Slopes(np.concatenate([cloud, drawn]), np.concatenate([gradients, at(drawn)]))
+
+
+def _closest(z: np.ndarray, gradients: np.ndarray) -> StudentMixture:
+    return StudentMixture.normal(*jax.device_get(parallel.once(closest_normal, z, gradients)))
 
 
 def _gradient(z: Array, target: Tilted) -> Array:

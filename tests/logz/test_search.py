@@ -146,6 +146,20 @@ def test_a_fit_with_a_heavy_tail_is_not_good_enough(monkeypatch):
     assert found.seen.pareto_k == tails[1] and "tail is heavy" in story[1]
 
 
+def test_a_cloud_that_does_not_span_the_space_is_joined_by_draws(monkeypatch):
+    """Halves of 20 points in 30 dimensions: their gradients alone fit next to nothing, those at more draws all."""
+
+    def share():
+        found, _ = find_reference(jax.random.key(0), target, cloud_about(1.0)[:40], float(LOG_Z), EFFORT, [])
+        assert abs(found.seen.value - LOG_Z) < 4 * found.seen.std_error
+        return found.seen.effective_share
+
+    target = target_of(log_likelihood_about(1.0))
+    joined = share()
+    monkeypatch.setattr("ebm_ppl.logz.search.POINTS_PER_DIMENSION", 0)
+    assert joined > 0.8 > share() + 0.1
+
+
 def test_gradients_in_coordinates_of_their_own():
     """Of a funnel of 30 coordinates, v ~ N(0, 1) and x ~ N(0, e^v), whose cloud is too small for a mixture."""
 
