@@ -596,6 +596,13 @@ MUTATIONS = (
         ("logz/test_importance.py::test_two_standard_errors_cover_the_truth[0.65]",),
     ),
     Mutation(
+        "the spread of sixteen blocks taken for known",
+        "logz/importance.py",
+        "STUDENT * relative_error(",
+        "relative_error(",
+        ("logz/test_importance.py::test_two_standard_errors_of_sixteen_blocks_cover_as_much_as_of_many",),
+    ),
+    Mutation(
         "a fit that is taken for its share, whatever its tail",
         "logz/importance.py",
         "return self.behaves, self.effective_share",
