@@ -58,6 +58,8 @@ TAILS_SHARE = 0.1
 """Share of q that has heavy tails."""
 GUARD_SHARE = 0.2
 """Share of the mixture that stays in q beside a flow, for the modes and tails that the flow misses."""
+MOST_PADDED = 40
+"""Coordinates up to which empty places for components cost less than a program for each number of them."""
 WORTHWHILE = 1.1
 """Factor by which a refit must raise the effective share of the draws for another to follow."""
 
@@ -252,7 +254,8 @@ def _pulled(z: Array, gradients: Array, centring: Centring) -> tuple[Array, Arra
 
 def _reference(target: Tilted, mixture: StudentMixture, centring: Centring | None, effort: Effort) -> Rebased:
     """Guarded by heavy tails and a share of the target's own reference."""
-    proposal = _placed(mixture.with_tails(TAILS_SHARE).with_places(2 * FEWEST_PLACES), centring)
+    fewest = 2 * FEWEST_PLACES if target.dim <= MOST_PADDED else 1
+    proposal = _placed(mixture.with_tails(TAILS_SHARE).with_places(fewest), centring)
     defence: Any = np.asarray(effort.defence, mixture.mean.dtype)
     return Rebased(target, proposal, defence)
 
@@ -337,7 +340,7 @@ def _unaccounted(modes: Modes, mixture: StudentMixture, centring: Centring | Non
     """Which modes a mixture gives far less density than they have."""
     if not len(modes.z):
         return np.zeros(0, bool)
-    proposal = _placed(mixture.with_places(FEWEST_PLACES), centring)
+    proposal = _placed(mixture.with_places(FEWEST_PLACES if mixture.mean.shape[1] <= MOST_PADDED else 1), centring)
     parts = parallel.over(_log_density, parallel.split(modes.z, most=len(modes.z)), proposal, hurry=True)
     return modes.log_density - log_z - np.concatenate(parts) > UNACCOUNTED
 
