@@ -69,6 +69,10 @@ class OutOfMemoryError(EnergyError):
     """A compiled program needs more memory than its device has."""
 
 
+class CheckpointError(EnergyError):
+    """A file holds no checkpoint, a damaged one, or that of another run."""
+
+
 class IncomparableError(EnergyError):
     """Two evidences of different data were compared."""
 
