@@ -9,7 +9,7 @@ from ebm_ppl.evidence import log_z, log_z_stream, read_log_z
 from ebm_ppl.flow import Flow
 from ebm_ppl.independence import Independence
 from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
-from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS
+from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Langevin
 from ebm_ppl.logz.ais import AIS
 from ebm_ppl.logz.bdmc import BDMC
 from ebm_ppl.logz.bridge import Bridge
@@ -25,7 +25,14 @@ from ebm_ppl.plots import plot_compare, plot_energies, plot_sequential_evidence,
 from ebm_ppl.sequential import evidence_between, sequential_evidence
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, target
+from ebm_ppl.train.contrast import EnergyDiscrepancy, NoiseContrast
+from ebm_ppl.train.fit import fit
+from ebm_ppl.train.jarzynski import Jarzynski
+from ebm_ppl.train.likelihood import ContrastiveDivergence, PersistentContrastiveDivergence
+from ebm_ppl.train.score import DenoisingScoreMatching, ScoreMatching
+from ebm_ppl.train.walkers import Dynamics
 from ebm_ppl.typing import (
+    CheckpointError,
     DegenerateParticlesError,
     EnergyError,
     EnergyShapeError,
@@ -49,9 +56,14 @@ __all__ = [
     "NUTS",
     "SMC",
     "Bridge",
+    "CheckpointError",
     "Consultation",
+    "ContrastiveDivergence",
     "DegenerateParticlesError",
+    "DenoisingScoreMatching",
+    "Dynamics",
     "Energy",
+    "EnergyDiscrepancy",
     "EnergyDistribution",
     "EnergyError",
     "EnergyShapeError",
@@ -62,16 +74,21 @@ __all__ = [
     "IncomparableError",
     "Independence",
     "IntractablePartitionError",
+    "Jarzynski",
+    "Langevin",
     "Laplace",
     "LogZ",
     "MLPEnergy",
     "NestedSampling",
     "NoReferenceError",
+    "NoiseContrast",
     "NonFiniteEnergyError",
     "OutOfMemoryError",
     "ParallelTempering",
+    "PersistentContrastiveDivergence",
     "QuadraticEnergy",
     "ScaledEnergy",
+    "ScoreMatching",
     "SteppingStone",
     "SumEnergy",
     "Target",
@@ -81,6 +98,7 @@ __all__ = [
     "compare",
     "energy_factor",
     "evidence_between",
+    "fit",
     "log_z",
     "log_z_stream",
     "log_z_to_datatree",

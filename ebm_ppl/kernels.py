@@ -23,6 +23,7 @@ import blackjax
 import jax
 import jax.numpy as jnp
 from blackjax.mcmc import adjusted_mclmc, hmc, mclmc, nuts
+from blackjax.mcmc.diffusions import DiffusionState, overdamped_langevin
 from blackjax.mcmc.hmc import HMCState
 
 from ebm_ppl.centring import Centring
@@ -151,6 +152,30 @@ class MALA:
 
     def kernel(self) -> Kernel:
         return Kernel(hmc_state, _in_coordinates(_end_point_step(hmc.build_kernel(), _hmc_call)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Langevin:
+    """The unadjusted Langevin algorithm, `z - h grad V(z) + sqrt(2 h) noise`: biased by its step size h.
+
+    For training alone, where `Jarzynski` weighs its bias away and others live with it.
+
+    References:
+        Roberts and Tweedie (1996), Exponential convergence of Langevin distributions and their discrete approximations.
+    """
+
+    name = "Langevin"
+
+    def kernel(self) -> Kernel:
+        def step(
+            key: PRNGKey, state: State, log_density: LogDensity, tuning: Tuning, num_steps: Array
+        ) -> tuple[State, Stats]:
+            one_step: Callable = overdamped_langevin(jax.value_and_grad(log_density))
+            start = DiffusionState(state.position, state.logdensity, state.logdensity_grad)
+            end = HMCState(*one_step(key, start, tuning.step_size))
+            return end, {"acceptance_rate": jnp.ones_like(end.logdensity), "nan_energy": jnp.isnan(end.logdensity)}
+
+        return Kernel(hmc_state, step)
 
 
 @dataclasses.dataclass(frozen=True)

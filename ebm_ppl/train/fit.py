@@ -1,0 +1,380 @@
+"""The one loop of training: an energy, data and an objective in, a trained energy and its record out.
+
+    at step k, with key fold_in(key, k):
+    batch          the next points of the data, shuffled anew for each epoch
+    loss, grads    of the objective (`objective.py`), in the parameters of the energy and its own
+    update         by an Optax optimiser; the average of parameters follows
+
+Steps run in a compiled scan, `every` of them at a time; between two of them the host tells of progress, looks whether
+the loss is finite, saves a checkpoint and stops early. Everything that a step changes is one pytree, `Run`, so that a
+run that was killed goes on from its checkpoint as if nothing had happened, bit by bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import optax
+
+from ebm_ppl import checkpoint as files
+from ebm_ppl.train.objective import Density, Metrics, Objective
+from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, NonFiniteEnergyError, PRNGKey, as_key
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+RATE = 1e-3
+"""Of Adam, where no optimiser is given."""
+INIT, STEPS, JUDGE = 0, 1, 2
+"""What is folded into the key of a run for its start, its steps, and what is held out."""
+
+
+class Run(NamedTuple):
+    """All that a step changes."""
+
+    step: Array
+    trained: Any
+    """Arrays of the energy, and the objective's own parameters."""
+    average: Any
+    """Of the energy's arrays over the steps, where wanted."""
+    optimiser: Any
+    state: Any
+    """Of the objective."""
+    order: Array
+    """Of the data in this epoch."""
+
+
+class Fitted(NamedTuple):
+    """A trained energy."""
+
+    energy: Any
+    """With the parameters averaged over steps where that was asked for, and those of the best judgement where some
+    points were held out."""
+    record: xr.DataTree
+    """Group `training` by step: loss, gradient norm and what the objective tells; `held_out` where some points were."""
+    state: Any
+    """Of the objective after the last step: walkers, say."""
+    parameters: Any
+    """The objective's own: a learned log Z, say."""
+
+
+def fit(
+    key: PRNGKey,
+    energy: Callable[[Array], Array],
+    data: ArrayLike,
+    objective: Objective,
+    *,
+    base: dist.Distribution | None = None,
+    optimiser: optax.GradientTransformation | None = None,
+    num_steps: int = 2000,
+    batch_size: int = 128,
+    averaging: float = 0.0,
+    held_out: ArrayLike | None = None,
+    patience: int | None = None,
+    checkpoint: str | Path | None = None,
+    every: int = 100,
+    progress_bar: bool = True,
+) -> Fitted:
+    """Trains an energy on data: `p(x) = base(x) exp(-U(x)) / Z`, with the parameters of U moved.
+
+    Args:
+        energy: U, a callable on one event that is a pytree with floating-point arrays: an `equinox.Module`.
+        data: observed events, shape (num, *event_shape).
+        objective: `ScoreMatching()`, `NoiseContrast()`, `ContrastiveDivergence()`, `Jarzynski()`, ...
+        base: a normalised distribution of events, whose parameters stay as they are; without one the density is
+            `exp(-U(x))` alone.
+        optimiser: of Optax, schedules included; Adam at a rate of .001 by default.
+        num_steps: of the optimiser.
+        batch_size: points of a step.
+        averaging: decay of an exponential average of the parameters over steps, which the result has then; .999, say.
+        held_out: events that are not trained on, at which the loss is judged every `every` steps. For objectives whose
+            losses can be compared.
+        patience: judgements without a gain after which training stops.
+        checkpoint: a file that the run is saved to every `every` steps. Where it is there, the run goes on from it.
+        every: steps in a compiled program.
+        progress_bar: whether to show progress.
+
+    Raises:
+        EnergyError: for data that are not finite, an energy without parameters, or settings out of range.
+        EnergyShapeError: where the energy of one event is not one number.
+        NonFiniteEnergyError: where the loss or its gradient is not finite, with the step.
+        CheckpointError: where the file is damaged, or that of another run.
+
+    Example:
+        >>> energy = ebm_ppl.MLPEnergy(jax.random.key(0), dim=2)
+        >>> base = dist.Normal(0, 3).expand([2]).to_event(1)
+        >>> fitted = ebm_ppl.fit(jax.random.key(1), energy, data, ebm_ppl.ScoreMatching(), base=base)
+    """
+    key, (points, event_shape) = as_key(key), _flat(data, "data")
+    judged = None if held_out is None else _flat(held_out, "held_out")[0]
+    for name, number in {"num_steps": num_steps, "batch_size": batch_size, "every": every}.items():
+        if number < 1:
+            raise EnergyError(f"{name} is 1 at least; got {number}.")
+    if not 0 <= averaging < 1:
+        raise EnergyError(f"averaging is a decay from 0 to 1, exclusive; got {averaging}.")
+    _check_judgement(judged, points.shape[1], patience, objective)
+    density = Density(energy, base, event_shape)
+    trainable, fixed = eqx.partition(energy, eqx.is_inexact_array)
+    if not jax.tree.leaves(trainable):
+        raise EnergyError("The energy has no floating-point arrays to train: it is a pytree of them, MLPEnergy, say.")
+    _check_events(density, points)
+    parameters, state = objective.init(jax.random.fold_in(key, INIT), density, points)
+    given = Given(
+        key=key,
+        data=points,
+        fixed=fixed,
+        base=base,
+        event_shape=event_shape,
+        objective=objective,
+        optimiser=optax.adam(RATE) if optimiser is None else optimiser,
+        batch_size=min(batch_size, len(points)),
+        averaging=averaging,
+    )
+    trained = trainable, parameters
+    run = Run(jnp.zeros((), int), trained, trainable, given.optimiser.init(trained), state, jnp.arange(len(points)))
+    done = Done(run, trainable, _no_record(run, given, 0, 0))
+    settings = _settings(given, every)
+    if checkpoint is not None and Path(checkpoint).exists():
+        done = _read(checkpoint, done, given, settings)
+    with _bar(num_steps, int(run.step), objective.name, progress_bar) as bar:
+        while (step := int(done.run.step)) < num_steps and not (patience and done.record.waited >= patience):
+            done = _go_on(done, given, min(every, num_steps - step), judged)
+            if checkpoint is not None:
+                files.save(checkpoint, done, settings | done.record.lengths)
+            bar.update(int(done.run.step) - bar.n)
+            bar.set_postfix_str(f"loss {done.record.metrics['loss'][-1]:.4g}")
+    attrs = {"objective": objective.name, "batch_size": given.batch_size, "settings": repr(objective)}
+    record = done.record.as_datatree(every, attrs)
+    return Fitted(eqx.combine(done.best, fixed), record, done.run.state, done.run.trained[1])
+
+
+class Given(eqx.Module):
+    """All that steps share."""
+
+    key: PRNGKey
+    """Of the run."""
+    data: Array
+    """(num, dim)"""
+    fixed: Any
+    """The energy without its arrays."""
+    base: dist.Distribution | None
+    event_shape: tuple[int, ...] = eqx.field(static=True)
+    objective: Objective
+    optimiser: optax.GradientTransformation = eqx.field(static=True)
+    batch_size: int = eqx.field(static=True)
+    averaging: float = eqx.field(static=True)
+
+    def density(self, trainable: Any) -> Density:
+        return Density(eqx.combine(trainable, self.fixed), self.base, self.event_shape)
+
+
+def _go_on(done: Done, given: Given, num: int, judged: Array | None) -> Done:
+    """So many steps more, and a judgement where there are points to judge."""
+    run, metrics = _steps(done.run, given, num)
+    metrics = jax.device_get(metrics)
+    _check_finite(metrics, int(done.run.step), given.objective)
+    record = done.record.with_steps(metrics)
+    energy = run.average if given.averaging else run.trained[0]
+    if judged is None:
+        return Done(run, energy, record)
+    loss = float(_judge(run, given, judged))
+    if not np.isfinite(loss):
+        raise NonFiniteEnergyError(f"The loss at the points held out is {loss} after step {int(run.step)}.")
+    record = record.with_judgement(loss)
+    return Done(run, energy if record.waited == 0 else done.best, record)
+
+
+@eqx.filter_jit
+def _steps(run: Run, given: Given, num: int) -> tuple[Run, Metrics]:
+    """So many steps, and the metrics of each."""
+    arrays, rest = eqx.partition(run, eqx.is_array)
+
+    def one(arrays: Any, _: None) -> tuple[Any, Metrics]:
+        after, metrics = _step(eqx.combine(arrays, rest), given)
+        return eqx.filter(after, eqx.is_array), metrics
+
+    arrays, metrics = jax.lax.scan(one, arrays, length=num)
+    return eqx.combine(arrays, rest), metrics
+
+
+def _step(run: Run, given: Given) -> tuple[Run, Metrics]:
+    key = jax.random.fold_in(jax.random.fold_in(given.key, STEPS), run.step)
+    key_loss, key_order = jax.random.split(key)
+    num, size = len(given.data), given.batch_size
+    place = run.step % (num // size)
+    order = jax.lax.cond(place == 0, lambda: jax.random.permutation(key_order, num), lambda: run.order)
+    batch = given.data[jax.lax.dynamic_slice(order, (place * size,), (size,))]
+
+    def loss(trained: Any) -> tuple[Array, tuple[Any, Metrics]]:
+        trainable, parameters = trained
+        return given.objective.loss(key_loss, given.density(trainable), parameters, run.state, batch)
+
+    (value, (state, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(run.trained)
+    updates, optimiser = given.optimiser.update(gradient, run.optimiser, run.trained)
+    trained: Any = optax.apply_updates(run.trained, updates)
+    # The first steps are averaged evenly: their average would else lean on the start for long.
+    decay = jnp.minimum(given.averaging, run.step / (run.step + 1)).astype(value.dtype)
+    average = optax.incremental_update(trained[0], run.average, 1 - decay)
+    metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient), **metrics}
+    return Run(run.step + 1, trained, average, optimiser, state, order), metrics
+
+
+@eqx.filter_jit
+def _judge(run: Run, given: Given, points: Array) -> Array:
+    """The loss at points that are not trained on, always by the same key."""
+    key = jax.random.fold_in(given.key, JUDGE)
+    trainable = run.average if given.averaging else run.trained[0]
+    return given.objective.loss(key, given.density(trainable), run.trained[1], run.state, points)[0]
+
+
+# The record
+
+
+class Record(NamedTuple):
+    """What the steps so far have told."""
+
+    metrics: dict[str, np.ndarray]
+    """Of each step, (step,)."""
+    held_out: np.ndarray
+    """Loss at points that are not trained on, (judgement,)."""
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        return {"steps": len(self.metrics["loss"]), "judgements": len(self.held_out)}
+
+    @property
+    def waited(self) -> int:
+        """Judgements since the best."""
+        return len(self.held_out) - 1 - int(np.argmin(self.held_out)) if len(self.held_out) else 0
+
+    def with_steps(self, metrics: dict[str, np.ndarray]) -> Record:
+        return self._replace(metrics={name: np.append(x, metrics[name]) for name, x in self.metrics.items()})
+
+    def with_judgement(self, loss: float) -> Record:
+        return self._replace(held_out=np.append(self.held_out, loss))
+
+    def as_datatree(self, every: int, attrs: dict[str, Any]) -> xr.DataTree:
+        import xarray as xr
+
+        num = len(self.metrics["loss"])
+        steps = np.arange(1, num + 1)
+        groups = {"training": xr.Dataset({k: ("step", x) for k, x in self.metrics.items()}, {"step": steps}, attrs)}
+        if len(self.held_out):
+            judged = np.minimum(np.arange(1, len(self.held_out) + 1) * every, num)
+            groups["held_out"] = xr.Dataset({"loss": ("step", self.held_out)}, {"step": judged}, attrs)
+        return xr.DataTree.from_dict(groups)
+
+
+class Done(NamedTuple):
+    """What a checkpoint holds."""
+
+    run: Run
+    best: Any
+    """Arrays of the energy that the result will have."""
+    record: Record
+
+
+def _no_record(run: Run, given: Given, num_steps: int, num_judgements: int) -> Record:
+    """A record without numbers, of so many steps."""
+    _, metrics = eqx.filter_eval_shape(_step, run, given)
+    return Record({name: np.zeros(num_steps, x.dtype) for name, x in metrics.items()}, np.zeros(num_judgements))
+
+
+def _read(path: str | Path, done: Done, given: Given, settings: dict[str, Any]) -> Done:
+    """What another process had done."""
+    told = files.description(path)
+    taken = {name: int(told.get(name, 0)) for name in ("steps", "judgements")}
+    like = done._replace(record=_no_record(done.run, given, taken["steps"], taken["judgements"]))
+    return files.load(path, like, settings | taken)
+
+
+def _settings(given: Given, every: int) -> dict[str, Any]:
+    """What a run must have in common with one that it goes on from."""
+    return {
+        "objective": repr(given.objective),
+        "key": np.asarray(jax.random.key_data(given.key)).tolist(),
+        "data": hashlib.sha256(np.asarray(given.data).tobytes()).hexdigest()[:16],
+        "batch_size": given.batch_size,
+        "averaging": given.averaging,
+        "every": every,
+    }
+
+
+# Checks
+
+
+def _flat(data: ArrayLike, name: str) -> tuple[Array, tuple[int, ...]]:
+    """Events as rows, and their shape."""
+    data = jnp.asarray(data, jnp.result_type(float))
+    if data.ndim < 1 or not len(data):
+        raise EnergyError(f"{name} has shape {data.shape}: it is an array of events along the first axis.")
+    bad = ~np.isfinite(np.asarray(data)).reshape(len(data), -1).all(axis=1)
+    if np.any(bad):
+        raise EnergyError(
+            f"{name} has {np.sum(bad)} of {len(data)} events that are not finite, the first at {np.argmax(bad)}."
+        )
+    return data.reshape(len(data), -1), data.shape[1:]
+
+
+def _check_judgement(judged: Array | None, dim: int, patience: int | None, objective: Objective) -> None:
+    if patience is not None and (judged is None or patience < 1):
+        raise EnergyError("patience is a number of judgements, 1 at least, of points to judge: pass held_out=...")
+    if judged is not None and not objective.is_comparable:
+        raise EnergyError(
+            f"The loss of {objective.name} of one step cannot be compared with another's, so that it judges nothing "
+            "held out: leave held_out and patience away."
+        )
+    if judged is not None and judged.shape[1] != dim:
+        raise EnergyShapeError(f"held_out has events of {judged.shape[1]} numbers, data of {dim}.")
+
+
+def _check_events(density: Density, points: Array) -> None:
+    """The energy of one event is one number, and the base one of such events."""
+    base = density.base
+    if base is not None and (base.event_shape != density.event_shape or base.batch_shape):
+        raise EnergyShapeError(
+            f"The base has event shape {base.event_shape} and batch shape {base.batch_shape}; an event of the data "
+            f"has shape {density.event_shape}. `.expand(...)` and `.to_event(...)` make one event of it."
+        )
+    if base is not None:
+        inside: Any = base.support(points.reshape(-1, *density.event_shape))  # pyright: ignore
+        if not np.all(inside):
+            raise EnergyError(
+                f"{np.sum(~inside)} of {len(points)} events of the data lie outside of the base's support, the first "
+                f"at {np.argmin(inside)}: take a wider base."
+            )
+    energies = jax.jit(jax.vmap(density.total))(points[:1000])
+    if bad := int(np.sum(~np.isfinite(energies))):
+        at = int(np.argmax(~np.isfinite(energies)))
+        raise NonFiniteEnergyError(
+            f"The energy is not finite at {bad} of the first {len(energies)} events of the data, first at event {at} "
+            f"({float(energies[at])}), before a step was made."
+        )
+
+
+def _check_finite(metrics: dict[str, np.ndarray], before: int, objective: Objective) -> None:
+    finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["gradient_norm"])
+    if np.all(finite):
+        return
+    at = int(np.argmin(finite))
+    last = f"; the step before had loss {metrics['loss'][at - 1]:.4g}" if at else ""
+    raise NonFiniteEnergyError(
+        f"The loss of {objective.name} is {metrics['loss'][at]}, and the norm of its gradient "
+        f"{metrics['gradient_norm'][at]}, at step {before + at + 1}{last}. A smaller learning rate, "
+        "optax.clip_by_global_norm before the optimiser, or a smaller step size of the walkers helps; a checkpoint "
+        "holds the last steps before it."
+    )
+
+
+def _bar(num_steps: int, initial: int, name: str, shown: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=num_steps, initial=initial, desc=name, disable=not shown)

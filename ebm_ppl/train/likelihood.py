@@ -1,0 +1,107 @@
+"""Maximum likelihood with negatives from short runs of a Markov chain.
+
+    grad log p(data) = -E_data[grad U] + E_p[grad U]          E_p by walkers that are not quite at p
+
+    contrastive divergence      walkers start at the data of the step: blind to what lies far from all data, and
+                                content with wrong weights of modes that they do not leave
+    persistent                  walkers go on from step to step, some of them restarted: they follow the model for as
+                                long as it moves more slowly than they mix
+
+Both are biased where the chains do not mix, and say nothing of it: two modes that no walker crosses between get
+whatever weights the walkers happen to have. `Jarzynski` weighs its walkers for what they lag behind.
+
+References:
+    Hinton (2002), Training products of experts by minimizing contrastive divergence; Tieleman (2008), Training
+    restricted Boltzmann machines using approximations to the likelihood gradient; Du and Mordatch (2019), Implicit
+    generation and modeling with energy-based models.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ebm_ppl.train.objective import Density, Metrics, energy_gap
+from ebm_ppl.train.walkers import Dynamics, next_step_size, walk
+from ebm_ppl.typing import Array, EnergyError, PRNGKey
+
+
+class ContrastiveDivergence(eqx.Module):
+    """CD-k: negatives are the batch itself, after k moves.
+
+    Args:
+        dynamics: the moves, k of them.
+
+    Reference: Hinton (2002).
+    """
+
+    dynamics: Dynamics = Dynamics()
+    name = "contrastive divergence"
+    is_comparable = False
+
+    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
+        return (), jnp.asarray(self.dynamics.step_size, data.dtype)
+
+    def loss(
+        self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
+    ) -> tuple[Array, tuple[Any, Metrics]]:
+        negatives, accepted = walk(key, batch, density, self.dynamics, state)
+        loss, gap = energy_gap(density, batch, negatives)
+        metrics = {"energy_gap": gap, "accept_rate": accepted, "step_size": state}
+        return loss, (next_step_size(state, accepted, self.dynamics), metrics)
+
+
+class Buffer(NamedTuple):
+    """Walkers that persist."""
+
+    points: Array
+    """(num_walkers, dim)"""
+    step_size: Array
+
+
+class PersistentContrastiveDivergence(eqx.Module):
+    """PCD: negatives are walkers that go on from step to step.
+
+    Args:
+        num_walkers: in the replay buffer; each step moves as many of them as the batch has points, chosen at random.
+        restart: share of the walkers of a step that starts anew, from the base, or from the batch without one.
+        dynamics: the moves.
+
+    References: Tieleman (2008); Du and Mordatch (2019).
+    """
+
+    num_walkers: int = 1024
+    restart: float = 0.0
+    dynamics: Dynamics = Dynamics()
+    name = "persistent contrastive divergence"
+    is_comparable = False
+
+    def __check_init__(self):
+        if self.num_walkers < 1 or not 0 <= self.restart <= 1:
+            raise EnergyError(f"num_walkers is 1 at least, restart a share from 0 to 1; got {self}.")
+
+    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
+        step_size = jnp.asarray(self.dynamics.step_size, data.dtype)
+        if density.base is not None:
+            return (), Buffer(density.draw_base(key, self.num_walkers).astype(data.dtype), step_size)
+        return (), Buffer(data[jax.random.randint(key, (self.num_walkers,), 0, len(data))], step_size)
+
+    def loss(
+        self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
+    ) -> tuple[Array, tuple[Any, Metrics]]:
+        key_choice, key_restart, key_fresh, key_walk = jax.random.split(key, 4)
+        num = min(len(batch), self.num_walkers)
+        chosen = jax.random.choice(key_choice, self.num_walkers, (num,), replace=False)
+        points = state.points[chosen]
+        if self.restart > 0:
+            fresh = batch[:num] if density.base is None else density.draw_base(key_fresh, num).astype(points.dtype)
+            anew = jax.random.uniform(key_restart, (num, 1)) < self.restart
+            points = jnp.where(anew, fresh, points)
+        points, accepted = walk(key_walk, points, density, self.dynamics, state.step_size)
+        loss, gap = energy_gap(density, batch, points)
+        step_size = next_step_size(state.step_size, accepted, self.dynamics)
+        metrics = {"energy_gap": gap, "accept_rate": accepted, "step_size": state.step_size}
+        return loss, (Buffer(state.points.at[chosen].set(points), step_size), metrics)

@@ -1,0 +1,100 @@
+"""What an objective of training is, and the density whose energy it trains.
+
+    p(x) = base(x) exp(-U(x)) / Z        U the energy with trained parameters; base flat where none is given
+    V(x) = U(x) - log base(x)            `Density.total`: the energy of all there is, relative to Lebesgue measure
+
+    parameters, state = objective.init(key, density, data)
+    loss, (state, metrics) = objective.loss(key, density, parameters, state, batch)
+
+`fit` lowers `loss` in the parameters of U and in the objective's own (a learned log Z, a generator). `state` is what
+goes on from step to step without a gradient: walkers, weights, a replay buffer. Both are pytrees, so that a checkpoint
+carries them. Objectives are small frozen settings objects; they see a batch of flat points, shape (batch, dim), and
+draw whatever they need by the key of their step.
+
+Where the gradient of log-likelihood is wanted,
+
+    grad log p(data) = - E_data[grad U] + E_p[grad U]            loss = mean U(data) - mean U(negatives)
+
+whose value is no measure of progress: `is_comparable` says whether a loss of one step may be compared with another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+
+from ebm_ppl.energy import as_energy_values
+from ebm_ppl.typing import Array, EnergyError, PRNGKey
+
+Metrics = dict[str, Array]
+"""Scalars of a step, by the name that they have in the record."""
+
+
+class Density(eqx.Module):
+    """`base(x) exp(-U(x))`, of flat points; methods take one, shape (dim,)."""
+
+    energy: Callable[[Array], Array]
+    """U, of one event."""
+    base: dist.Distribution | None
+    event_shape: tuple[int, ...] = eqx.field(static=True)
+
+    def tilt(self, x: Array) -> Array:
+        """U(x)"""
+        name = f"The energy {getattr(self.energy, '__name__', type(self.energy).__name__)!r}"
+        return as_energy_values(self.energy(x.reshape(self.event_shape)), (), name)
+
+    def total(self, x: Array) -> Array:
+        """V(x)"""
+        if self.base is None:
+            return self.tilt(x)
+        return self.tilt(x) - jnp.asarray(self.base.log_prob(x.reshape(self.event_shape)))
+
+    def log_density(self, x: Array) -> Array:
+        return -self.total(x)
+
+    def draw_base(self, key: PRNGKey, num: int) -> Array:
+        """Draws of the base, shape (num, dim)."""
+        if self.base is None:
+            raise EnergyError("There is no base to draw from: pass base=... to fit, a NumPyro distribution of events.")
+        return self.base.sample(key, (num,)).reshape(num, -1)  # pyright: ignore
+
+
+class Objective(Protocol):
+    """How an energy is trained; see the module docstring."""
+
+    name: str
+    is_comparable: bool
+
+    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
+        """`(parameters, state)` before the first step."""
+        ...
+
+    def loss(
+        self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
+    ) -> tuple[Array, tuple[Any, Metrics]]:
+        """Loss of a batch, and the state and metrics after it."""
+        ...
+
+
+def without_gradient(tree: Any) -> Any:
+    """The same, as something that no gradient goes through."""
+    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_array(x) else x, tree)
+
+
+def energy_gap(density: Density, data: Array, negatives: Array, weights: Array | None = None) -> tuple[Array, Array]:
+    """`(loss, gap)`: the loss whose gradient is that of minus the log-likelihood, and how much lower data lie.
+
+    Args:
+        data: shape (batch, dim).
+        negatives: draws of the model, shape (num, dim).
+        weights: of the negatives, adding up to one, shape (num,); equal where None.
+    """
+    of_data = jnp.mean(jax.vmap(density.tilt)(data))
+    energies = jax.vmap(density.tilt)(jax.lax.stop_gradient(negatives))
+    of_negatives = jnp.mean(energies) if weights is None else jax.lax.stop_gradient(weights) @ energies
+    return of_data - of_negatives, of_negatives - of_data

@@ -1,0 +1,92 @@
+"""Score matching: the gradient of the energy is that of the data's, and Z plays no part.
+
+    score          s(x) = -grad V(x)
+    exact          E[ tr grad s + |s|^2 / 2 ]                                        Hyvarinen 2005
+    sliced         E[ v' (grad s) v + |s|^2 / 2 ]         v of independent signs     Song et al. 2019, with |s|^2 itself
+    denoising      E[ |sigma s(x + sigma e) + e|^2 / 2 ]                             Vincent 2011
+
+Blind to the weights of modes that lie apart: between them there are no data to say how the score goes on.
+
+References:
+    Hyvarinen (2005), Estimation of non-normalized statistical models by score matching; Vincent (2011), A connection
+    between score matching and denoising autoencoders; Song, Garg, Shi and Ermon (2019), Sliced score matching.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ebm_ppl.train.objective import Density, Metrics
+from ebm_ppl.typing import Array, EnergyError, PRNGKey
+
+
+class ScoreMatching(eqx.Module):
+    """Exact score matching, whose cost is that of `dim` gradients; sliced is as dear as one.
+
+    Args:
+        num_slices: random directions of second derivatives for each point; all coordinates, exactly, where None.
+
+    Reference: Hyvarinen (2005); Song, Garg, Shi and Ermon (2019).
+    """
+
+    num_slices: int | None = None
+    name = "score matching"
+    is_comparable = True
+
+    def __check_init__(self):
+        if self.num_slices is not None and self.num_slices < 1:
+            raise EnergyError(f"num_slices is 1 at least, or None; got {self.num_slices}.")
+
+    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
+        return (), ()
+
+    def loss(
+        self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
+    ) -> tuple[Array, tuple[Any, Metrics]]:
+        def of_point(key: PRNGKey, x: Array) -> Array:
+            gradient = jax.grad(density.total)
+
+            def curvature(direction: Array) -> Array:
+                return direction @ jax.jvp(gradient, (x,), (direction,))[1]
+
+            directions = jnp.eye(len(x), dtype=x.dtype)
+            if self.num_slices is not None:
+                directions = jax.random.rademacher(key, (self.num_slices, len(x)), x.dtype)
+            curvatures = jax.vmap(curvature)(directions)
+            trace = jnp.sum(curvatures) if self.num_slices is None else jnp.mean(curvatures)
+            return jnp.sum(gradient(x) ** 2) / 2 - trace
+
+        loss = jnp.mean(jax.vmap(of_point)(jax.random.split(key, len(batch)), batch))
+        return loss, (state, {})
+
+
+class DenoisingScoreMatching(eqx.Module):
+    """Score matching of the data with noise on them, at one noise level: it learns the density of noisy data.
+
+    Args:
+        noise: standard deviation sigma of what is added, in units of the data.
+
+    Reference: Vincent (2011).
+    """
+
+    noise: float = 0.1
+    name = "denoising score matching"
+    is_comparable = True
+
+    def __check_init__(self):
+        if not self.noise > 0:
+            raise EnergyError(f"noise is a positive standard deviation; got {self.noise}.")
+
+    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
+        return (), ()
+
+    def loss(
+        self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
+    ) -> tuple[Array, tuple[Any, Metrics]]:
+        noise = jax.random.normal(key, batch.shape, batch.dtype)
+        slope = jax.vmap(jax.grad(density.total))(batch + self.noise * noise)
+        return jnp.mean(jnp.sum((noise - self.noise * slope) ** 2, axis=1)) / 2, (state, {})

@@ -1,0 +1,77 @@
+"""Walkers: points that a Markov kernel moves towards the model, as negatives of a step of training.
+
+    moved, accepted = walk(key, points, density, dynamics, step_size)
+
+Kernels are those of `kernels.py`, with a unit metric, so that data should be in units of their own spread. The step
+size of an adjusted one follows the acceptance of all walkers,
+
+    log h  <-  log h + (accepted - target_accept) / 10
+
+that of the unadjusted `Langevin` stays what it is: h is the variance of its noise over two, and its bias of order h.
+
+References:
+    Roberts and Tweedie (1996), Exponential convergence of Langevin distributions and their discrete approximations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ebm_ppl.kernels import HMC, MALA, Langevin, Tuning
+from ebm_ppl.scale import DiagonalScale
+from ebm_ppl.train.objective import Density, without_gradient
+from ebm_ppl.typing import Array, EnergyError, PRNGKey
+
+LEARNING = 0.1
+"""Change of the log step size by an acceptance that is off by one."""
+
+
+class Dynamics(eqx.Module):
+    """How walkers move in a step of training.
+
+    Args:
+        kernel: `Langevin()`, unadjusted, or `MALA()` or `HMC()`, adjusted.
+        num_moves: of each walker.
+        step_size: h of Langevin, or where the adaptation of an adjusted kernel starts.
+    """
+
+    kernel: Langevin | MALA | HMC = Langevin()
+    num_moves: int = 10
+    step_size: float = 0.1
+
+    def __check_init__(self):
+        if self.num_moves < 1 or not self.step_size > 0:
+            raise EnergyError(f"num_moves is 1 at least and step_size positive; got {self}.")
+
+
+def walk(key: PRNGKey, points: Array, density: Density, dynamics: Dynamics, step_size: Array) -> tuple[Array, Array]:
+    """The points after `num_moves` moves, shape (num, dim), and the mean acceptance rate.
+
+    What the walkers do has no gradient in the parameters of the energy.
+    """
+    density = without_gradient(density)
+    kernel = dynamics.kernel.kernel()
+    tuning = Tuning(step_size, DiagonalScale(jnp.ones_like(points[0])))
+    states = jax.vmap(lambda x: kernel.init(x, density.log_density))(points)
+
+    def move(states: Any, key: PRNGKey) -> tuple[Any, Array]:
+        key_length, key_step = jax.random.split(key)
+        num_steps = kernel.length(key_length, tuning, points.shape[1])
+        keys = jax.random.split(key_step, len(points))
+        step = jax.vmap(lambda key, state: kernel.step(key, state, density.log_density, tuning, num_steps))
+        states, stats = step(keys, states)
+        return states, jnp.mean(stats["acceptance_rate"])
+
+    states, accepted = jax.lax.scan(move, states, jax.random.split(key, dynamics.num_moves))
+    return states.position, jnp.mean(accepted)
+
+
+def next_step_size(step_size: Array, accepted: Array, dynamics: Dynamics) -> Array:
+    """Of an adjusted kernel, nearer to the acceptance that it aims at."""
+    if isinstance(dynamics.kernel, Langevin):
+        return step_size
+    return step_size * jnp.exp(LEARNING * (accepted - dynamics.kernel.target_accept))
