@@ -86,8 +86,9 @@ class StudentMixture(eqx.Module):
         key_component, key_normal, key_width = jax.random.split(key, 3)
         k = jax.random.categorical(key_component, self.log_weight)
         normal = jax.random.normal(key_normal, self.mean.shape[1:], self.mean.dtype)
-        width = jnp.sqrt(self.degrees[k] / (2 * jax.random.gamma(key_width, self.degrees[k] / 2)))
-        return self.mean[k] + width * (self.factor[k] @ normal)
+        mean, factor, degrees = (jnp.asarray(x)[k] for x in (self.mean, self.factor, self.degrees))
+        width = jnp.sqrt(degrees / (2 * jax.random.gamma(key_width, degrees / 2)))
+        return mean + width * (factor @ normal)
 
     def from_cube(self, u: np.ndarray) -> np.ndarray:
         """Points of the unit cube, shape (num, dim + 2), as draws, shape (num, dim), on the host.
@@ -194,7 +195,7 @@ def fit_mixture(key: PRNGKey, z: Any, weights: Any, start: StudentMixture | None
         starts = [_start(rng, x, kept, num_components).with_places(fewest) for _ in range(restarts)]
         found, scores = improved(starts, kept, ALMOST_SETTLED)
         chosen = int(np.argmax(scores))
-        if not scores[chosen] - best_score > WORTHWHILE:
+        if best is not None and not scores[chosen] - best_score > WORTHWHILE:
             break
         best, best_score, num_components = found[chosen], scores[chosen], 2 * num_components
     assert best is not None

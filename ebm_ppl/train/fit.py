@@ -12,6 +12,7 @@ run that was killed goes on from its checkpoint as if nothing had happened, bit 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -134,7 +135,7 @@ def fit(
         base=base,
         event_shape=event_shape,
         objective=objective,
-        optimiser=optax.adam(RATE) if optimiser is None else optimiser,
+        optimiser=_adam() if optimiser is None else optimiser,
         batch_size=min(batch_size, len(points)),
         averaging=averaging,
     )
@@ -174,6 +175,12 @@ class Given(eqx.Module):
 
     def density(self, trainable: Any) -> Density:
         return Density(eqx.combine(trainable, self.fixed), self.base, self.event_shape)
+
+
+@functools.cache
+def _adam() -> optax.GradientTransformation:
+    """One for all runs, so that a program compiled for one serves them all."""
+    return optax.adam(RATE)
 
 
 def _go_on(done: Done, given: Given, num: int, judged: Array | None) -> Done:
