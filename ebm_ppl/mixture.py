@@ -225,7 +225,6 @@ def _whitened(z: Array, weights: Array) -> tuple[Array, Array, DenseScale]:
 
 def _image(mixture: StudentMixture, shift: Any, factor: Any, inverse: Any) -> StudentMixture:
     """The mixture of `shift + factor x`, on the host; `inverse` is that of the factor."""
-    mixture = jax.device_get(mixture)
     means, factors = shift + mixture.mean @ factor.T, factor @ mixture.factor
     return StudentMixture(mixture.log_weight, means, factors, mixture.inverse @ inverse, mixture.degrees)
 

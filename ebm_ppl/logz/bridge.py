@@ -47,7 +47,7 @@ from ebm_ppl.logz.importance import draw_own
 from ebm_ppl.logz.integral import LARGEST_RHAT, Integral, check_energies, disagreement, effective_size, relative_error
 from ebm_ppl.logz.modes import find_modes, spread_of, unvisited
 from ebm_ppl.mixture import StudentMixture, fit_mixture
-from ebm_ppl.scale import DenseScale
+from ebm_ppl.scale import location_and_scale
 from ebm_ppl.target import Target, Tilted
 from ebm_ppl.typing import Array, Draws, EnergyError, EnergyWarning, PRNGKey, with_error
 
@@ -211,13 +211,11 @@ def _solve(of_posterior: np.ndarray, of_proposal: np.ndarray, share: float) -> f
 
 def _fit(key: PRNGKey, z: np.ndarray, warp: bool) -> StudentMixture:
     """The proposal for draws of shape (num, dim)."""
+    weights = np.full(len(z), 1 / len(z), z.dtype)
     if warp:
-        return StudentMixture.normal(*jax.device_get(parallel.once(_moments, z))).with_tails(TAILS_SHARE)
-    return fit_mixture(key, z, np.full(len(z), 1 / len(z), z.dtype))
-
-
-def _moments(z: Array) -> tuple[Array, DenseScale]:
-    return jnp.mean(z, axis=0), DenseScale.of_cloud(z, len(z))
+        moments = jax.device_get(parallel.once(location_and_scale, z, weights))
+        return StudentMixture.normal(*moments).with_tails(TAILS_SHARE)
+    return fit_mixture(key, z, weights)
 
 
 def _draw(key: PRNGKey, proposal: StudentMixture) -> Array:

@@ -254,10 +254,14 @@ def _pulled(z: Array, gradients: Array, centring: Centring) -> tuple[Array, Arra
 
 def _reference(target: Tilted, mixture: StudentMixture, centring: Centring | None, effort: Effort) -> Rebased:
     """Guarded by heavy tails and a share of the target's own reference."""
-    fewest = 2 * FEWEST_PLACES if target.dim <= MOST_PADDED else 1
-    proposal = _placed(mixture.with_tails(TAILS_SHARE).with_places(fewest), centring)
+    proposal = _placed(_padded(mixture.with_tails(TAILS_SHARE), 2 * FEWEST_PLACES), centring)
     defence: Any = np.asarray(effort.defence, mixture.mean.dtype)
     return Rebased(target, proposal, defence)
+
+
+def _padded(mixture: StudentMixture, fewest: int) -> StudentMixture:
+    """With empty places, where these are cheap."""
+    return mixture.with_places(fewest if mixture.mean.shape[1] <= MOST_PADDED else 1)
 
 
 def _mixtures(key: PRNGKey, given: Given, centring: Centring | None) -> Search:
@@ -313,11 +317,7 @@ def _coordinates(z: np.ndarray, centring: Centring | None) -> np.ndarray:
     """Of points of shape (num, dim)."""
     if centring is None:
         return z
-    return np.concatenate(parallel.over(_coordinates_of, parallel.split(z), centring, hurry=True))
-
-
-def _coordinates_of(z: Array, centring: Centring) -> Array:
-    return centring.coordinates(z)[0]
+    return np.asarray(parallel.once(coordinates_of, z, centring))
 
 
 def _modes(key: PRNGKey, target: Tilted, cloud: np.ndarray, num: int, known: Modes | None = None) -> tuple[Modes, int]:
@@ -340,7 +340,7 @@ def _unaccounted(modes: Modes, mixture: StudentMixture, centring: Centring | Non
     """Which modes a mixture gives far less density than they have."""
     if not len(modes.z):
         return np.zeros(0, bool)
-    proposal = _placed(mixture.with_places(FEWEST_PLACES if mixture.mean.shape[1] <= MOST_PADDED else 1), centring)
+    proposal = _placed(_padded(mixture, FEWEST_PLACES), centring)
     parts = parallel.over(_log_density, parallel.split(modes.z, most=len(modes.z)), proposal, hurry=True)
     return modes.log_density - log_z - np.concatenate(parts) > UNACCOUNTED
 
