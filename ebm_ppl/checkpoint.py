@@ -1,7 +1,7 @@
 """State of a long run on disk: arrays as npz, with a description by which a file is known to be whole and one's own.
 
     save(path, tree, settings)      every array of a pytree, and what else must be the same where it is read
-    load(path, like, settings)      the same pytree, its arrays from the file
+    load(path, like, settings)      the same pytree, its arrays from the file, which is read once
 
 A file is written beside its place and then moved there, so that a process that dies leaves the file before. It holds
 numbers and JSON, no pickle: nothing in it is ever executed. What is not an array (functions, settings) stays with the
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,31 +46,29 @@ def save(path: str | Path, tree: Any, settings: dict[str, Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def load(path: str | Path, like: Any, settings: dict[str, Any]) -> Any:
+def load(path: str | Path, like: Callable[[dict[str, Any]], Any], settings: dict[str, Any]) -> Any:
     """The pytree of a file that `save` wrote.
 
     Args:
-        like: a pytree of the same structure and shapes; what is no array in it is taken over.
+        like: makes of the settings that the file was saved with a pytree of the same structure and shapes; what is no
+            array in it is taken over.
+        settings: those that must be the same; the file may have others beside them.
 
     Raises:
         CheckpointError: where the file is truncated, altered, of another version, holds anything but numbers, or
             belongs to another run; it says which.
     """
     described, arrays = _read(path)
-    expected = json.loads(json.dumps(_described(like, settings)))
+    tree = like(described)
+    expected = json.loads(json.dumps(_described(tree, settings)))
     differing = sorted(name for name in expected if described.get(name) != expected[name])
     if differing:
         told = "; ".join(f"{name} was {described.get(name)!r}, now {expected[name]!r}" for name in differing)
         raise CheckpointError(f"{path} belongs to another run: {told}. Give the same settings, or another path.")
-    kept, rest = eqx.partition(like, _is_array)
+    kept, rest = eqx.partition(tree, _is_array)
     leaves, structure = jax.tree.flatten(kept)
     read = [_as_leaf(arrays[_name(i)], leaf) for i, leaf in enumerate(leaves)]
     return eqx.combine(jax.tree.unflatten(structure, read), rest)
-
-
-def description(path: str | Path) -> dict[str, Any]:
-    """The settings that a file was saved with; raises as `load` does."""
-    return _read(path)[0]
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

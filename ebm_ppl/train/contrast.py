@@ -18,17 +18,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
 
-from ebm_ppl.train.objective import Density, Metrics
+from ebm_ppl.train.objective import Density, Metrics, Objective
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
 
 
-class NoiseContrast(eqx.Module):
+class NoiseContrast(Objective):
     """Noise-contrastive estimation: the energy and its log Z, by telling data from noise.
 
     The normaliser that is learned is that of `base(x) exp(-U(x))`, or of `exp(-U(x))` without a base: `log_z` in the
@@ -74,7 +73,7 @@ class NoiseContrast(eqx.Module):
         return loss, (state, {"log_z": parameters["log_z"], "accuracy": accuracy.astype(batch.dtype)})
 
 
-class EnergyDiscrepancy(eqx.Module):
+class EnergyDiscrepancy(Objective):
     """Energy discrepancy: the energy of data against that of their neighbours.
 
     Args:
@@ -94,9 +93,6 @@ class EnergyDiscrepancy(eqx.Module):
     def __check_init__(self):
         if not self.noise > 0 or self.num_neighbours < 1 or not self.stability >= 0:
             raise EnergyError(f"noise is positive, num_neighbours 1 at least, stability not negative; got {self}.")
-
-    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
-        return (), ()
 
     def loss(
         self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array

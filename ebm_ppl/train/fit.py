@@ -45,7 +45,7 @@ class Run(NamedTuple):
     trained: Any
     """Arrays of the energy, and the objective's own parameters."""
     average: Any
-    """Of the energy's arrays over the steps, where wanted."""
+    """Of the energy's arrays over the steps; where none is wanted, those of the last."""
     optimiser: Any
     state: Any
     """Of the objective."""
@@ -145,7 +145,7 @@ def fit(
     settings = _settings(given, every)
     if checkpoint is not None and Path(checkpoint).exists():
         done = _read(checkpoint, done, given, settings)
-    with _bar(num_steps, int(run.step), objective.name, progress_bar) as bar:
+    with _bar(num_steps, int(done.run.step), objective.name, progress_bar) as bar:
         while (step := int(done.run.step)) < num_steps and not (patience and done.record.waited >= patience):
             done = _go_on(done, given, min(every, num_steps - step), judged)
             if checkpoint is not None:
@@ -189,27 +189,19 @@ def _go_on(done: Done, given: Given, num: int, judged: Array | None) -> Done:
     metrics = jax.device_get(metrics)
     _check_finite(metrics, int(done.run.step), given.objective)
     record = done.record.with_steps(metrics)
-    energy = run.average if given.averaging else run.trained[0]
     if judged is None:
-        return Done(run, energy, record)
+        return Done(run, run.average, record)
     loss = float(_judge(run, given, judged))
     if not np.isfinite(loss):
         raise NonFiniteEnergyError(f"The loss at the points held out is {loss} after step {int(run.step)}.")
     record = record.with_judgement(loss)
-    return Done(run, energy if record.waited == 0 else done.best, record)
+    return Done(run, run.average if record.waited == 0 else done.best, record)
 
 
 @eqx.filter_jit
 def _steps(run: Run, given: Given, num: int) -> tuple[Run, Metrics]:
     """So many steps, and the metrics of each."""
-    arrays, rest = eqx.partition(run, eqx.is_array)
-
-    def one(arrays: Any, _: None) -> tuple[Any, Metrics]:
-        after, metrics = _step(eqx.combine(arrays, rest), given)
-        return eqx.filter(after, eqx.is_array), metrics
-
-    arrays, metrics = jax.lax.scan(one, arrays, length=num)
-    return eqx.combine(arrays, rest), metrics
+    return jax.lax.scan(lambda run, _: _step(run, given), run, length=num)
 
 
 def _step(run: Run, given: Given) -> tuple[Run, Metrics]:
@@ -238,8 +230,7 @@ def _step(run: Run, given: Given) -> tuple[Run, Metrics]:
 def _judge(run: Run, given: Given, points: Array) -> Array:
     """The loss at points that are not trained on, always by the same key."""
     key = jax.random.fold_in(given.key, JUDGE)
-    trainable = run.average if given.averaging else run.trained[0]
-    return given.objective.loss(key, given.density(trainable), run.trained[1], run.state, points)[0]
+    return given.objective.loss(key, given.density(run.average), run.trained[1], run.state, points)[0]
 
 
 # The record
@@ -297,10 +288,11 @@ def _no_record(run: Run, given: Given, num_steps: int, num_judgements: int) -> R
 
 def _read(path: str | Path, done: Done, given: Given, settings: dict[str, Any]) -> Done:
     """What another process had done."""
-    told = files.description(path)
-    taken = {name: int(told.get(name, 0)) for name in ("steps", "judgements")}
-    like = done._replace(record=_no_record(done.run, given, taken["steps"], taken["judgements"]))
-    return files.load(path, like, settings | taken)
+
+    def like(told: dict[str, Any]) -> Done:
+        return done._replace(record=_no_record(done.run, given, told.get("steps", 0), told.get("judgements", 0)))
+
+    return files.load(path, like, settings)
 
 
 def _settings(given: Given, every: int) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from blackjax.smc.ess import log_ess
@@ -30,7 +29,7 @@ from blackjax.smc.resampling import systematic
 from jax.scipy.special import logsumexp
 
 from ebm_ppl.kernels import Langevin
-from ebm_ppl.train.objective import Density, Metrics, energy_gap, without_gradient
+from ebm_ppl.train.objective import Density, Metrics, Objective, energy_gap, without_gradient
 from ebm_ppl.train.walkers import Dynamics, next_step_size, walk
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
 
@@ -57,7 +56,7 @@ class State(NamedTuple):
     """By the acceptance of the driver alone: the witness has no say in what it moves by, so that its Z is unbiased."""
 
 
-class Jarzynski(eqx.Module):
+class Jarzynski(Objective):
     """Maximum likelihood by walkers with Jarzynski weights, and log Z on the way.
 
     The record has `log_z`, relative to the base, by the second population (`log_z_of_driver` by the first), and the

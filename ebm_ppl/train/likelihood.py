@@ -20,16 +20,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ebm_ppl.train.objective import Density, Metrics, energy_gap
+from ebm_ppl.train.objective import Density, Metrics, Objective, energy_gap
 from ebm_ppl.train.walkers import Dynamics, next_step_size, walk
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
 
 
-class ContrastiveDivergence(eqx.Module):
+class ContrastiveDivergence(Objective):
     """CD-k: negatives are the batch itself, after k moves.
 
     Args:
@@ -62,7 +61,7 @@ class Buffer(NamedTuple):
     step_size: Array
 
 
-class PersistentContrastiveDivergence(eqx.Module):
+class PersistentContrastiveDivergence(Objective):
     """PCD: negatives are walkers that go on from step to step.
 
     Args:

@@ -21,7 +21,7 @@ whose value is no measure of progress: `is_comparable` says whether a loss of on
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -64,21 +64,21 @@ class Density(eqx.Module):
         return self.base.sample(key, (num,)).reshape(num, -1)  # pyright: ignore
 
 
-class Objective(Protocol):
+class Objective(eqx.Module):
     """How an energy is trained; see the module docstring."""
 
-    name: str
-    is_comparable: bool
+    name: ClassVar[str]
+    is_comparable: ClassVar[bool]
 
     def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
-        """`(parameters, state)` before the first step."""
-        ...
+        """`(parameters, state)` before the first step: none, but where an objective has some."""
+        return (), ()
 
     def loss(
         self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
     ) -> tuple[Array, tuple[Any, Metrics]]:
         """Loss of a batch, and the state and metrics after it."""
-        ...
+        raise NotImplementedError
 
 
 def without_gradient(tree: Any) -> Any:

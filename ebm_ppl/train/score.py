@@ -16,15 +16,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ebm_ppl.train.objective import Density, Metrics
+from ebm_ppl.train.objective import Density, Metrics, Objective
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
 
 
-class ScoreMatching(eqx.Module):
+class ScoreMatching(Objective):
     """Exact score matching, whose cost is that of `dim` gradients; sliced is as dear as one.
 
     Args:
@@ -40,9 +39,6 @@ class ScoreMatching(eqx.Module):
     def __check_init__(self):
         if self.num_slices is not None and self.num_slices < 1:
             raise EnergyError(f"num_slices is 1 at least, or None; got {self.num_slices}.")
-
-    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
-        return (), ()
 
     def loss(
         self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
@@ -64,7 +60,7 @@ class ScoreMatching(eqx.Module):
         return loss, (state, {})
 
 
-class DenoisingScoreMatching(eqx.Module):
+class DenoisingScoreMatching(Objective):
     """Score matching of the data with noise on them, at one noise level: it learns the density of noisy data.
 
     Args:
@@ -80,9 +76,6 @@ class DenoisingScoreMatching(eqx.Module):
     def __check_init__(self):
         if not self.noise > 0:
             raise EnergyError(f"noise is a positive standard deviation; got {self.noise}.")
-
-    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
-        return (), ()
 
     def loss(
         self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
