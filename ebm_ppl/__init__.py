@@ -20,6 +20,7 @@ from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
 from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.memory import memory
+from ebm_ppl.networks import ConvEnergy, ConvNetwork, JointEnergy, SpectralNorm
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_compare, plot_energies, plot_sequential_evidence, plot_smc
 from ebm_ppl.sequential import evidence_between, sequential_evidence
@@ -59,6 +60,8 @@ __all__ = [
     "CheckpointError",
     "Consultation",
     "ContrastiveDivergence",
+    "ConvEnergy",
+    "ConvNetwork",
     "DegenerateParticlesError",
     "DenoisingScoreMatching",
     "Dynamics",
@@ -75,6 +78,7 @@ __all__ = [
     "Independence",
     "IntractablePartitionError",
     "Jarzynski",
+    "JointEnergy",
     "Langevin",
     "Laplace",
     "LogZ",
@@ -89,6 +93,7 @@ __all__ = [
     "QuadraticEnergy",
     "ScaledEnergy",
     "ScoreMatching",
+    "SpectralNorm",
     "SteppingStone",
     "SumEnergy",
     "Target",

@@ -5,6 +5,9 @@
     loss, grads    of the objective (`objective.py`), in the parameters of the energy and its own
     update         by an Optax optimiser; the average of parameters follows
 
+An energy that is a classifier, too, has labels: log p(x, y) = log p(x) + log p(y | x), of which the objective has the
+first term, and the second is the classifier's cross-entropy.
+
 Steps run in a compiled scan, `every` of them at a time; between two of them the host tells of progress, looks whether
 the loss is finite, saves a checkpoint and stops early. Everything that a step changes is one pytree, `Run`, so that a
 run that was killed goes on from its checkpoint as if nothing had happened, bit by bit.
@@ -26,6 +29,7 @@ import numpyro.distributions as dist
 import optax
 
 from ebm_ppl import checkpoint as files
+from ebm_ppl.networks import JointEnergy
 from ebm_ppl.train.objective import Density, Metrics, Objective
 from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, NonFiniteEnergyError, PRNGKey, as_key
 
@@ -74,6 +78,7 @@ def fit(
     objective: Objective,
     *,
     base: dist.Distribution | None = None,
+    labels: ArrayLike | None = None,
     optimiser: optax.GradientTransformation | None = None,
     num_steps: int = 2000,
     batch_size: int = 128,
@@ -92,12 +97,14 @@ def fit(
         objective: `ScoreMatching()`, `NoiseContrast()`, `ContrastiveDivergence()`, `Jarzynski()`, ...
         base: a normalised distribution of events, whose parameters stay as they are; without one the density is
             `exp(-U(x))` alone.
+        labels: the class of each event, integers of shape (num,), for a `JointEnergy`: adds the cross-entropy
+            `-log p(y | x)` to the loss, and `cross_entropy` and `accuracy` to the record.
         optimiser: of Optax, schedules included; Adam at a rate of .001 by default.
         num_steps: of the optimiser.
         batch_size: points of a step.
         averaging: decay of an exponential average of the parameters over steps, which the result has then; .999, say.
-        held_out: events that are not trained on, at which the loss is judged every `every` steps. For objectives whose
-            losses can be compared.
+        held_out: events that are not trained on, at which the objective's loss (without that of labels) is judged
+            every `every` steps. For objectives whose losses can be compared.
         patience: judgements without a gain after which training stops.
         checkpoint: a file that the run is saved to every `every` steps. Where it is there, the run goes on from it.
         every: steps in a compiled program.
@@ -123,6 +130,7 @@ def fit(
         raise EnergyError(f"averaging is a decay from 0 to 1, exclusive; got {averaging}.")
     _check_judgement(judged, points.shape[1], patience, objective)
     density = Density(energy, base, event_shape)
+    classes = None if labels is None else _classes(labels, density, points)
     trainable, fixed = eqx.partition(energy, eqx.is_inexact_array)
     if not jax.tree.leaves(trainable):
         raise EnergyError("The energy has no floating-point arrays to train: it is a pytree of them, MLPEnergy, say.")
@@ -131,6 +139,7 @@ def fit(
     given = Given(
         key=key,
         data=points,
+        labels=classes,
         fixed=fixed,
         base=base,
         event_shape=event_shape,
@@ -164,6 +173,8 @@ class Given(eqx.Module):
     """Of the run."""
     data: Array
     """(num, dim)"""
+    labels: Array | None
+    """(num,)"""
     fixed: Any
     """The energy without its arrays."""
     base: dist.Distribution | None
@@ -210,11 +221,17 @@ def _step(run: Run, given: Given) -> tuple[Run, Metrics]:
     num, size = len(given.data), given.batch_size
     place = run.step % (num // size)
     order = jax.lax.cond(place == 0, lambda: jax.random.permutation(key_order, num), lambda: run.order)
-    batch = given.data[jax.lax.dynamic_slice(order, (place * size,), (size,))]
+    chosen = jax.lax.dynamic_slice(order, (place * size,), (size,))
+    batch = given.data[chosen]
 
     def loss(trained: Any) -> tuple[Array, tuple[Any, Metrics]]:
         trainable, parameters = trained
-        return given.objective.loss(key_loss, given.density(trainable), parameters, run.state, batch)
+        density = given.density(trainable)
+        value, (state, metrics) = given.objective.loss(key_loss, density, parameters, run.state, batch)
+        if given.labels is None:
+            return value, (state, metrics)
+        cross_entropy, of_classes = _cross_entropy(density, batch, given.labels[chosen])
+        return value + cross_entropy, (state, metrics | of_classes)
 
     (value, (state, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(run.trained)
     updates, optimiser = given.optimiser.update(gradient, run.optimiser, run.trained)
@@ -224,6 +241,14 @@ def _step(run: Run, given: Given) -> tuple[Run, Metrics]:
     average = optax.incremental_update(trained[0], run.average, 1 - decay)
     metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient), **metrics}
     return Run(run.step + 1, trained, average, optimiser, state, order), metrics
+
+
+def _cross_entropy(density: Density, batch: Array, labels: Array) -> tuple[Array, Metrics]:
+    """Of the classifier that the energy is."""
+    logits = jax.vmap(lambda x: density.energy.logits(x.reshape(density.event_shape)))(batch)  # pyright: ignore
+    value = jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+    accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels, dtype=batch.dtype)
+    return value, {"cross_entropy": value, "accuracy": accuracy}
 
 
 @eqx.filter_jit
@@ -300,11 +325,16 @@ def _settings(given: Given, every: int) -> dict[str, Any]:
     return {
         "objective": repr(given.objective),
         "key": np.asarray(jax.random.key_data(given.key)).tolist(),
-        "data": hashlib.sha256(np.asarray(given.data).tobytes()).hexdigest()[:16],
+        "data": _digest(given.data),
+        "labels": None if given.labels is None else _digest(given.labels),
         "batch_size": given.batch_size,
         "averaging": given.averaging,
         "every": every,
     }
+
+
+def _digest(array: Array) -> str:
+    return hashlib.sha256(np.asarray(array).tobytes()).hexdigest()[:16]
 
 
 # Checks
@@ -321,6 +351,25 @@ def _flat(data: ArrayLike, name: str) -> tuple[Array, tuple[int, ...]]:
             f"{name} has {np.sum(bad)} of {len(data)} events that are not finite, the first at {np.argmax(bad)}."
         )
     return data.reshape(len(data), -1), data.shape[1:]
+
+
+def _classes(labels: ArrayLike, density: Density, points: Array) -> Array:
+    """The class of each event, as integers."""
+    if not isinstance(density.energy, JointEnergy):
+        raise EnergyError("labels are for a classifier that is read as an energy: wrap it as JointEnergy(classifier).")
+    labels = np.asarray(labels)
+    if labels.shape != (len(points),) or not np.issubdtype(labels.dtype, np.integer):
+        raise EnergyShapeError(
+            f"labels have shape {labels.shape} and dtype {labels.dtype}; they are one integer for each of the "
+            f"{len(points)} events of the data."
+        )
+    logits = jax.eval_shape(density.energy.logits, jax.ShapeDtypeStruct(density.event_shape, points.dtype))
+    if len(logits.shape) != 1 or labels.min() < 0 or labels.max() >= logits.shape[0]:
+        raise EnergyShapeError(
+            f"labels go from {labels.min()} to {labels.max()}; the classifier's logits have shape {logits.shape}, one "
+            "for each class from 0."
+        )
+    return jnp.asarray(labels)
 
 
 def _check_judgement(judged: Array | None, dim: int, patience: int | None, objective: Objective) -> None:
