@@ -5,6 +5,11 @@ from ebm_ppl.arviz import log_z_to_datatree
 from ebm_ppl.compare import compare
 from ebm_ppl.distribution import EnergyDistribution, energy_factor
 from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, ScaledEnergy, SumEnergy
+from ebm_ppl.evaluate.chains import mode_weights, thinned
+from ebm_ppl.evaluate.evaluate import evaluate
+from ebm_ppl.evaluate.significance import holm
+from ebm_ppl.evaluate.stein import stein_test
+from ebm_ppl.evaluate.two_sample import classifier_test, mmd_test
 from ebm_ppl.evidence import log_z, log_z_stream, read_log_z
 from ebm_ppl.flow import Flow
 from ebm_ppl.independence import Independence
