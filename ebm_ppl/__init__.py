@@ -27,6 +27,7 @@ from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.memory import memory
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_compare, plot_energies, plot_sequential_evidence, plot_smc
+from ebm_ppl.plots_energy import plot_energy_histograms, plot_landscape
 from ebm_ppl.sequential import evidence_between, sequential_evidence
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, target
@@ -100,16 +101,23 @@ __all__ = [
     "TemperingStalledError",
     "ThermodynamicIntegration",
     "as_numpyro_kernel",
+    "classifier_test",
     "compare",
     "energy_factor",
+    "evaluate",
     "evidence_between",
     "fit",
+    "holm",
     "log_z",
     "log_z_stream",
     "log_z_to_datatree",
     "memory",
+    "mmd_test",
+    "mode_weights",
     "plot_compare",
     "plot_energies",
+    "plot_energy_histograms",
+    "plot_landscape",
     "plot_sequential_evidence",
     "plot_smc",
     "posterior_predictive",
@@ -117,5 +125,7 @@ __all__ = [
     "read_log_z",
     "sample",
     "sequential_evidence",
+    "stein_test",
     "target",
+    "thinned",
 ]

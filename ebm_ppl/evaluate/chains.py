@@ -1,7 +1,7 @@
 """What chains are worth: how far apart their draws are as good as independent, and shares of modes with their errors.
 
     effective size      num / (1 + 2 sum_k rho_k)               ArviZ's, the least over all coordinates
-    spacing             num / effective size                    `spacing`; a chain of order one keeps a correlation of .13
+    spacing             num / effective size                    `spacing`, where an AR(1) keeps a correlation of .13
     share of a mode     points nearest to its centre            `mode_weights`
     its error           sqrt(p (1 - p) / (n + 2))               n effective points, p = (n share + 1/2) / (n + 1)
 
@@ -15,7 +15,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -86,11 +85,10 @@ def mode_weights(points: ArrayLike, centres: ArrayLike, *, chains: bool = False)
     within = (nearest[:, None] == np.arange(len(places))).reshape(*draws.shape[:2], -1).astype(float)
     weight, num = within.mean(axis=(0, 1)), np.full(len(places), float(len(rows)))
     if chains:
-        # A mode that all draws are in, or none, says nothing of how often they could have left.
-        least = _least(rows.reshape(*draws.shape[:2], -1))
-        num = np.array([min(effective_size(each), least) if np.ptp(each) == 0 else effective_size(each)
-                        for each in np.moveaxis(within, -1, 0)])
-        num = np.minimum(num, len(rows))
+        of_points = _least(rows.reshape(*draws.shape[:2], -1))
+        # A mode that all draws are in, or none, does not say itself how often they could have left it.
+        of_modes = [effective_size(each) if np.ptp(each) else of_points for each in np.moveaxis(within, -1, 0)]
+        num = np.minimum(of_modes, num)
     p = (num * weight + 0.5) / (num + 1)
     return ModeWeights(weight, np.sqrt(p * (1 - p) / (num + 2)))
 

@@ -28,7 +28,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -36,9 +36,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-import xarray as xr
-from arviz_base import from_dict
-from arviz_stats import ess, rhat
 from numpyro.distributions import constraints
 
 from ebm_ppl import evidence
@@ -58,6 +55,11 @@ from ebm_ppl.target import Target, target
 from ebm_ppl.train.objective import Density, check_base, flat
 from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, EnergyWarning, LogZ, PRNGKey, as_key
 
+if TYPE_CHECKING:
+    import xarray as xr
+
+Columns = dict[str, Any]
+"""Variables of a group, as `xarray.Dataset` takes them."""
 LARGEST_RHAT = 1.01
 FEW = 100.0
 """Effective draws below which chains say little."""
@@ -127,6 +129,8 @@ def evaluate(
         >>> tree["log_likelihood"]["mean"].item(), tree["tests"]["p_value_holm"].to_series()
         >>> ebm_ppl.plot_energy_histograms(tree)
     """
+    import xarray as xr
+
     key, (points, event_shape) = as_key(key), flat(data, "data")
     density = Density(energy, base, event_shape)
     check_base(density, "data")
@@ -140,25 +144,32 @@ def evaluate(
     if base is not None:
         log_z = _bracketed(keys[BOUNDS], model, bounds, log_z or evidence.log_z(keys[LOG_Z], model, method))
     if samples is None:
-        settings = {"num_chains": num_chains, "num_warmup": num_warmup, "num_samples": num_draws}
-        init = "uniform" if base is None else "reference"
-        tree = sample(keys[SAMPLES], model, sampler, init=init, progress_bar=progress_bar, **settings)
+        tree = sample(
+            keys[SAMPLES],
+            model,
+            sampler,
+            num_chains=num_chains,
+            num_warmup=num_warmup,
+            num_samples=num_draws,
+            init="uniform" if base is None else "reference",
+            progress_bar=progress_bar,
+        )
     else:
         tree = _given(samples, event_shape)
-    drawn = tree["posterior"]["x"].values
+    drawn = np.asarray(tree["posterior"].to_dataset()["x"])
 
     groups = {"convergence": _convergence(tree)} | _energies(keys[NOISE], density, points, drawn)
     if log_z is not None:
         groups["log_likelihood"] = _log_likelihood(density, points, log_z)
-        groups["log_z"] = log_z_to_datatree(log_z)["log_z"].to_dataset()
+        tree["log_z"] = log_z_to_datatree(log_z)["log_z"]
     if centres is not None:
         groups["modes"] = _modes(points.reshape(-1, *event_shape), drawn, centres)
     failures: list[str] = []
     if tests:
         chosen = _some(keys[CHOICE], points, num_points).reshape(-1, *event_shape)
         groups["tests"], failures = _tests(keys[TESTS], density, chosen, drawn, num_points, num_simulations)
-    for name, group in groups.items():
-        tree[name] = xr.DataTree(group)
+    for name, columns in groups.items():
+        tree[name] = xr.DataTree(xr.Dataset(columns))
     told = [] if log_z is None else list(log_z.doubts)
     doubts = [*_contradiction(log_z), *_of_chains(groups["convergence"]), *_of_energies(groups), *failures]
     for doubt in doubts:  # those of log Z were warned of when it was found
@@ -211,7 +222,7 @@ def _contradiction(found: LogZ | None) -> list[str]:
     ]
 
 
-def _log_likelihood(density: Density, points: Array, found: LogZ) -> xr.Dataset:
+def _log_likelihood(density: Density, points: Array, found: LogZ) -> Columns:
     """Of each event, and their mean with both of its errors."""
     each = -np.asarray(_values(density, points)[1], float) - found.value
     with np.errstate(invalid="ignore"):  # an event of zero density
@@ -219,7 +230,7 @@ def _log_likelihood(density: Density, points: Array, found: LogZ) -> xr.Dataset:
     numbers = {"mean": mean, "std_error_data": spread / math.sqrt(len(each)), "std_error_log_z": found.std_error}
     if found.lower is not None and found.upper is not None:
         numbers |= {"lower": mean + found.value - found.upper, "upper": mean + found.value - found.lower}
-    return xr.Dataset({"x": ("event", each), **numbers}, attrs={"units": "nats"})
+    return {"x": ("event", each), **numbers}
 
 
 @eqx.filter_jit
@@ -233,6 +244,8 @@ def _values(density: Density, points: Array) -> tuple[Array, Array]:
 
 def _given(samples: ArrayLike, event_shape: tuple[int, ...]) -> xr.DataTree:
     """Draws that the user has."""
+    from arviz_base import from_dict
+
     draws = np.asarray(samples)
     if draws.ndim < 2 or draws.shape[2:] != event_shape or draws.shape[1] < 4:
         raise EnergyShapeError(
@@ -246,31 +259,32 @@ def _given(samples: ArrayLike, event_shape: tuple[int, ...]) -> xr.DataTree:
     return tree
 
 
-def _convergence(tree: xr.DataTree) -> xr.Dataset:
+def _convergence(tree: xr.DataTree) -> Columns:
     """R-hat and ESS of every coordinate, by ArviZ."""
+    from arviz_stats import ess, rhat
+
     draws = tree["posterior"].to_dataset()[["x"]]
     with np.errstate(divide="ignore", invalid="ignore"):  # coordinates that never change
         found = {"rhat": rhat(draws), "ess_bulk": ess(draws), "ess_tail": ess(draws, method="tail")}
-    return xr.Dataset({name: each["x"].drop_attrs() for name, each in found.items()})
+    return {name: each["x"].drop_attrs() for name, each in found.items()}
 
 
-def _of_chains(convergence: xr.Dataset) -> list[str]:
+def _of_chains(convergence: Columns) -> list[str]:
     worst, least = float(convergence["rhat"].max()), float(convergence["ess_bulk"].min())
     if worst <= LARGEST_RHAT and least >= FEW:
         return []
     return [
-        f"The chains have an R-hat of up to {worst:.3f} and {least:.0f} effective draws at least: they are no fair draws "
-        "of the density, and what is said of them holds for these chains alone. More num_draws help, or, where modes "
-        "lie apart, sampler=ParallelTempering()."
+        f"The chains have an R-hat of up to {worst:.3f} and {least:.0f} effective draws at least: they are no fair "
+        "draws of the density, and what is said of them holds for these chains alone. More num_draws help, or, where "
+        "modes lie apart, sampler=ParallelTempering()."
     ]
 
 
-def _energies(key: PRNGKey, density: Density, points: Array, drawn: np.ndarray) -> dict[str, xr.Dataset]:
+def _energies(key: PRNGKey, density: Density, points: Array, drawn: np.ndarray) -> dict[str, Columns]:
     """U of data, of draws, and of as many draws of the base as there are data."""
 
-    def of(rows: Array, dims: tuple[str, ...], shape: tuple[int, ...]) -> xr.Dataset:
-        each = np.asarray(_values(density, rows)[0]).reshape(shape)
-        return xr.Dataset({"energy": (dims, each)}, attrs={"units": "nats"})
+    def of(rows: Array, dims: tuple[str, ...], shape: tuple[int, ...]) -> Columns:
+        return {"energy": (dims, np.asarray(_values(density, rows)[0]).reshape(shape))}
 
     num, lead = len(points), drawn.shape[:2]
     rows = jnp.asarray(drawn, points.dtype).reshape(math.prod(lead), -1)
@@ -280,8 +294,8 @@ def _energies(key: PRNGKey, density: Density, points: Array, drawn: np.ndarray) 
     return found
 
 
-def _of_energies(groups: dict[str, xr.Dataset]) -> list[str]:
-    energies = {name.removeprefix("energies_"): x["energy"].values for name, x in groups.items() if "energy" in x}
+def _of_energies(groups: dict[str, Columns]) -> list[str]:
+    energies = {name.removeprefix("energies_"): x["energy"][1] for name, x in groups.items() if "energy" in x}
     bad = {name: int(np.sum(~np.isfinite(each))) for name, each in energies.items()}
     return [
         f"The energy is not finite at {num} of {energies[name].size} points of {name}, of which "
@@ -291,10 +305,10 @@ def _of_energies(groups: dict[str, xr.Dataset]) -> list[str]:
     ]
 
 
-def _modes(data: Array, drawn: np.ndarray, centres: ArrayLike) -> xr.Dataset:
+def _modes(data: Array, drawn: np.ndarray, centres: ArrayLike) -> Columns:
     found = {"data": mode_weights(data, centres), "samples": mode_weights(drawn, centres, chains=True)}
     columns = {name: ("centre", each.weight) for name, each in found.items()}
-    return xr.Dataset(columns | {f"{name}_std_error": ("centre", each.std_error) for name, each in found.items()})
+    return columns | {f"{name}_std_error": ("centre", each.std_error) for name, each in found.items()}
 
 
 # Tests
@@ -302,7 +316,7 @@ def _modes(data: Array, drawn: np.ndarray, centres: ArrayLike) -> xr.Dataset:
 
 def _tests(
     key: PRNGKey, density: Density, data: Array, drawn: np.ndarray, num_points: int, num_simulations: int
-) -> tuple[xr.Dataset, list[str]]:
+) -> tuple[Columns, list[str]]:
     """Every test of the module's table; one that cannot be made is NaN, with the reason."""
     keys = jax.random.split(key, 5)
     apart = _some(keys[0], jnp.asarray(thinned(drawn)), num_points)
@@ -322,7 +336,7 @@ def _tests(
             found.append(Significance(math.nan, math.nan, 0))
     columns = {name: [getattr(each, name) for each in found] for name in Significance._fields}
     columns["p_value_holm"] = list(holm(columns["p_value"]))
-    return xr.Dataset({name: ("test", column) for name, column in columns.items()}, {"test": list(made)}), failures
+    return {name: ("test", column) for name, column in (columns | {"test": list(made)}).items()}, failures
 
 
 def _some(key: PRNGKey, points: Array, num: int) -> Array:

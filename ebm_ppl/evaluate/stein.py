@@ -97,6 +97,8 @@ def stein_test(
         >>> ebm_ppl.stein_test(jax.random.key(1), lambda x: x @ x / 2, data).p_value
     """
     check_simulations(num_bootstrap, "num_bootstrap")
+    if thin is not None and not (chains and thin >= 1):
+        raise EnergyError(f"thin is 1 at least, and of chains: pass chains=True; got {thin}.")
     key_scale, key_signs = jax.random.split(as_key(key))
     points, event_shape = flat(points, "points")
     num_axes = 2 if chains else 1

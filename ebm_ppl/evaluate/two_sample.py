@@ -27,7 +27,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from scipy.stats import binom
+from scipy.special import bdtrc
 
 from ebm_ppl.evaluate.significance import (
     Significance,
@@ -158,10 +158,10 @@ def classifier_test(
     x, y = _samples(x, y)
     key_x, key_y, key_train = jax.random.split(as_key(key), 3)
     num = 2 * (min(len(x), len(y)) // 2)
-    halves = [jax.random.permutation(key, points)[:num] for key, points in ((key_x, x), (key_y, y))]
+    x, y = jax.random.permutation(key_x, x)[:num], jax.random.permutation(key_y, y)[:num]
     optimiser = optax.adamw(1e-2, weight_decay=1e-2) if optimiser is None else optimiser
-    right = int(_num_right(key_train, *halves, width, depth, num_steps, batch_size, optimiser))
-    return Significance(right / num, float(binom.sf(right - 1, num, 0.5)), num)
+    right = int(_num_right(key_train, x, y, width, depth, num_steps, batch_size, optimiser))
+    return Significance(right / num, float(bdtrc(right - 1, num, 0.5)), num)
 
 
 @eqx.filter_jit
