@@ -21,6 +21,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import equinox as eqx
@@ -49,6 +50,8 @@ KERNELS = {
 """Of the squared distance in units of the scale."""
 FEWEST = 10
 """Points of either sample that a test can be made of."""
+RATE, DECAY = 1e-2, 1e-2
+"""Of Adam, where no optimiser is given."""
 
 
 def mmd_test(
@@ -136,7 +139,7 @@ def classifier_test(
         x, y: independent events, shapes (num_x, *event_shape) and (num_y, *event_shape).
         width, depth: of the hidden layers of a multilayer perceptron; a depth of 0 is logistic regression.
         num_steps, batch_size: of its training.
-        optimiser: of Optax; Adam at a rate of .01, with a weight decay of .01, by default.
+        optimiser: of Optax; Adam with decaying weights by default.
 
     Returns:
         `Significance`: `statistic` is the accuracy at the `num_points` points that were not trained on. Its p-value is
@@ -159,9 +162,15 @@ def classifier_test(
     key_x, key_y, key_train = jax.random.split(as_key(key), 3)
     num = 2 * (min(len(x), len(y)) // 2)
     x, y = jax.random.permutation(key_x, x)[:num], jax.random.permutation(key_y, y)[:num]
-    optimiser = optax.adamw(1e-2, weight_decay=1e-2) if optimiser is None else optimiser
+    optimiser = _adam() if optimiser is None else optimiser
     right = int(_num_right(key_train, x, y, width, depth, num_steps, batch_size, optimiser))
     return Significance(right / num, float(bdtrc(right - 1, num, 0.5)), num)
+
+
+@functools.cache
+def _adam() -> optax.GradientTransformation:
+    """One for all tests, so that they share their compiled programs."""
+    return optax.adamw(RATE, weight_decay=DECAY)
 
 
 @eqx.filter_jit
