@@ -42,7 +42,7 @@ from ebm_ppl import evidence
 from ebm_ppl.arviz import log_z_to_datatree
 from ebm_ppl.distribution import energy_factor
 from ebm_ppl.evaluate.chains import mode_weights, thinned
-from ebm_ppl.evaluate.significance import Significance, holm
+from ebm_ppl.evaluate.significance import Significance, check_simulations, holm
 from ebm_ppl.evaluate.stein import stein_test
 from ebm_ppl.evaluate.two_sample import classifier_test, mmd_test
 from ebm_ppl.inference import sample
@@ -138,11 +138,14 @@ def evaluate(
         raise EnergyError("evaluate takes continuous events, and the base is discrete.")
     if num_points < 1:
         raise EnergyError(f"num_points is 1 at least; got {num_points}.")
+    check_simulations(num_simulations, "num_simulations")
     keys = [jax.random.fold_in(key, part) for part in range(NUM_PARTS)]
     model = target(_model, density)
-    log_z = LogZ(float(log_z), 0.0, "given") if isinstance(log_z, (int, float)) else log_z
+    if log_z is not None and not isinstance(log_z, LogZ):
+        log_z = LogZ(float(log_z), 0.0, "given")
     if base is not None:
-        log_z = _bracketed(keys[BOUNDS], model, bounds, log_z or evidence.log_z(keys[LOG_Z], model, method))
+        found = evidence.log_z(keys[LOG_Z], model, method) if log_z is None else log_z
+        log_z = _bracketed(keys[BOUNDS], model, bounds, found)
     if samples is None:
         tree = sample(
             keys[SAMPLES],
@@ -296,12 +299,13 @@ def _energies(key: PRNGKey, density: Density, points: Array, drawn: np.ndarray) 
 
 def _of_energies(groups: dict[str, Columns]) -> list[str]:
     energies = {name.removeprefix("energies_"): x["energy"][1] for name, x in groups.items() if "energy" in x}
-    bad = {name: int(np.sum(~np.isfinite(each))) for name, each in energies.items()}
+    # Noise may well lie where there is no density.
+    bad = {name: ~np.isfinite(each) & ((name != "base") | ~np.isposinf(each)) for name, each in energies.items()}
     return [
-        f"The energy is not finite at {num} of {energies[name].size} points of {name}, of which "
-        f"{int(np.sum(np.isnan(energies[name])))} are NaN."
-        for name, num in bad.items()
-        if num
+        f"The energy is not finite at {np.sum(where)} of {where.size} points of {name}, of which "
+        f"{np.sum(np.isnan(energies[name]))} are NaN."
+        for name, where in bad.items()
+        if np.any(where)
     ]
 
 
