@@ -5,6 +5,11 @@ from ebm_ppl.arviz import log_z_to_datatree
 from ebm_ppl.compare import compare
 from ebm_ppl.distribution import EnergyDistribution, energy_factor
 from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, ScaledEnergy, SumEnergy
+from ebm_ppl.evaluate.chains import mode_weights, thinned
+from ebm_ppl.evaluate.evaluate import evaluate
+from ebm_ppl.evaluate.significance import holm
+from ebm_ppl.evaluate.stein import stein_test
+from ebm_ppl.evaluate.two_sample import classifier_test, mmd_test
 from ebm_ppl.evidence import log_z, log_z_stream, read_log_z
 from ebm_ppl.flow import Flow
 from ebm_ppl.independence import Independence
@@ -23,6 +28,7 @@ from ebm_ppl.memory import memory
 from ebm_ppl.networks import ConvEnergy, ConvNetwork, JointEnergy, SpectralNorm
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_compare, plot_energies, plot_sequential_evidence, plot_smc
+from ebm_ppl.plots_energy import plot_energy_histograms, plot_landscape
 from ebm_ppl.sequential import evidence_between, sequential_evidence
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, target
@@ -100,16 +106,23 @@ __all__ = [
     "TemperingStalledError",
     "ThermodynamicIntegration",
     "as_numpyro_kernel",
+    "classifier_test",
     "compare",
     "energy_factor",
+    "evaluate",
     "evidence_between",
     "fit",
+    "holm",
     "log_z",
     "log_z_stream",
     "log_z_to_datatree",
     "memory",
+    "mmd_test",
+    "mode_weights",
     "plot_compare",
     "plot_energies",
+    "plot_energy_histograms",
+    "plot_landscape",
     "plot_sequential_evidence",
     "plot_smc",
     "posterior_predictive",
@@ -117,5 +130,7 @@ __all__ = [
     "read_log_z",
     "sample",
     "sequential_evidence",
+    "stein_test",
     "target",
+    "thinned",
 ]

@@ -30,7 +30,7 @@ import optax
 
 from ebm_ppl import checkpoint as files
 from ebm_ppl.networks import JointEnergy
-from ebm_ppl.train.objective import Density, Metrics, Objective
+from ebm_ppl.train.objective import Density, Metrics, Objective, check_base, flat
 from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, NonFiniteEnergyError, PRNGKey, as_key
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ def fit(
         >>> base = dist.Normal(0, 3).expand([2]).to_event(1)
         >>> fitted = ebm_ppl.fit(jax.random.key(1), energy, data, ebm_ppl.ScoreMatching(), base=base)
     """
-    key, (points, event_shape) = as_key(key), _flat(data, "data")
-    judged = None if held_out is None else _flat(held_out, "held_out")[0]
+    key, (points, event_shape) = as_key(key), flat(data, "data")
+    judged = None if held_out is None else flat(held_out, "held_out")[0]
     for name, number in {"num_steps": num_steps, "batch_size": batch_size, "every": every}.items():
         if number < 1:
             raise EnergyError(f"{name} is 1 at least; got {number}.")
@@ -340,19 +340,6 @@ def _digest(array: Array) -> str:
 # Checks
 
 
-def _flat(data: ArrayLike, name: str) -> tuple[Array, tuple[int, ...]]:
-    """Events as rows, and their shape."""
-    data = jnp.asarray(data, jnp.result_type(float))
-    if data.ndim < 1 or not len(data):
-        raise EnergyError(f"{name} has shape {data.shape}: it is an array of events along the first axis.")
-    bad = ~np.isfinite(np.asarray(data)).reshape(len(data), -1).all(axis=1)
-    if np.any(bad):
-        raise EnergyError(
-            f"{name} has {np.sum(bad)} of {len(data)} events that are not finite, the first at {np.argmax(bad)}."
-        )
-    return data.reshape(len(data), -1), data.shape[1:]
-
-
 def _classes(labels: ArrayLike, density: Density, points: Array) -> Array:
     """The class of each event, as integers."""
     if not isinstance(density.energy, JointEnergy):
@@ -386,14 +373,9 @@ def _check_judgement(judged: Array | None, dim: int, patience: int | None, objec
 
 def _check_events(density: Density, points: Array) -> None:
     """The energy of one event is one number, and the base one of such events."""
-    base = density.base
-    if base is not None and (base.event_shape != density.event_shape or base.batch_shape):
-        raise EnergyShapeError(
-            f"The base has event shape {base.event_shape} and batch shape {base.batch_shape}; an event of the data "
-            f"has shape {density.event_shape}. `.expand(...)` and `.to_event(...)` make one event of it."
-        )
-    if base is not None:
-        inside: Any = base.support(points.reshape(-1, *density.event_shape))  # pyright: ignore
+    check_base(density, "data")
+    if density.base is not None:
+        inside: Any = density.base.support(points.reshape(-1, *density.event_shape))  # pyright: ignore
         if not np.all(inside):
             raise EnergyError(
                 f"{np.sum(~inside)} of {len(points)} events of the data lie outside of the base's support, the first "

@@ -26,10 +26,11 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 
 from ebm_ppl.energy import as_energy_values
-from ebm_ppl.typing import Array, EnergyError, PRNGKey
+from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, PRNGKey
 
 Metrics = dict[str, Array]
 """Scalars of a step, by the name that they have in the record."""
@@ -98,3 +99,30 @@ def energy_gap(density: Density, data: Array, negatives: Array, weights: Array |
     energies = jax.vmap(density.tilt)(jax.lax.stop_gradient(negatives))
     of_negatives = jnp.mean(energies) if weights is None else jax.lax.stop_gradient(weights) @ energies
     return of_data - of_negatives, of_negatives - of_data
+
+
+def flat(data: ArrayLike, name: str) -> tuple[Array, tuple[int, ...]]:
+    """Events as rows, and their shape."""
+    data = jnp.asarray(data, jnp.result_type(float))
+    if data.ndim < 1 or not len(data):
+        raise EnergyError(f"{name} has shape {data.shape}: it is an array of events along the first axis.")
+    bad = ~np.isfinite(np.asarray(data)).reshape(len(data), -1).all(axis=1)
+    if np.any(bad):
+        raise EnergyError(
+            f"{name} has {np.sum(bad)} of {len(data)} events that are not finite, the first at {np.argmax(bad)}."
+        )
+    return data.reshape(len(data), -1), data.shape[1:]
+
+
+def check_base(density: Density, name: str) -> None:
+    """The base, where there is one, is of single events, and of their shape.
+
+    Raises:
+        EnergyShapeError: where it is not, with both shapes.
+    """
+    base = density.base
+    if base is not None and (base.event_shape != density.event_shape or base.batch_shape):
+        raise EnergyShapeError(
+            f"The base has event shape {base.event_shape} and batch shape {base.batch_shape}; an event of {name} "
+            f"has shape {density.event_shape}. `.expand(...)` and `.to_event(...)` make one event of it."
+        )
