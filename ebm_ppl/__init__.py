@@ -10,6 +10,8 @@ from ebm_ppl.flow import Flow
 from ebm_ppl.independence import Independence
 from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Langevin
+from ebm_ppl.lattice.energy import BoltzmannEnergy, RBMEnergy, enumerate_log_z, enumerate_states
+from ebm_ppl.lattice.gibbs import BlockGibbs, Gibbs, GibbsWithGradients
 from ebm_ppl.logz.ais import AIS
 from ebm_ppl.logz.bdmc import BDMC
 from ebm_ppl.logz.bridge import Bridge
@@ -26,6 +28,7 @@ from ebm_ppl.sequential import evidence_between, sequential_evidence
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, target
 from ebm_ppl.train.contrast import EnergyDiscrepancy, NoiseContrast
+from ebm_ppl.train.discrete import ConcreteScoreMatching, PseudoLikelihood, RatioMatching
 from ebm_ppl.train.fit import fit
 from ebm_ppl.train.jarzynski import Jarzynski
 from ebm_ppl.train.likelihood import ContrastiveDivergence, PersistentContrastiveDivergence
@@ -55,8 +58,11 @@ __all__ = [
     "MCLMC",
     "NUTS",
     "SMC",
+    "BlockGibbs",
+    "BoltzmannEnergy",
     "Bridge",
     "CheckpointError",
+    "ConcreteScoreMatching",
     "Consultation",
     "ContrastiveDivergence",
     "DegenerateParticlesError",
@@ -71,6 +77,8 @@ __all__ = [
     "FittedReference",
     "Flow",
     "FunctionEnergy",
+    "Gibbs",
+    "GibbsWithGradients",
     "IncomparableError",
     "Independence",
     "IntractablePartitionError",
@@ -86,7 +94,10 @@ __all__ = [
     "OutOfMemoryError",
     "ParallelTempering",
     "PersistentContrastiveDivergence",
+    "PseudoLikelihood",
     "QuadraticEnergy",
+    "RBMEnergy",
+    "RatioMatching",
     "ScaledEnergy",
     "ScoreMatching",
     "SteppingStone",
@@ -97,6 +108,8 @@ __all__ = [
     "as_numpyro_kernel",
     "compare",
     "energy_factor",
+    "enumerate_log_z",
+    "enumerate_states",
     "evidence_between",
     "fit",
     "log_z",
