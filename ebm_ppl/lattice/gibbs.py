@@ -129,12 +129,13 @@ class GibbsWithGradients:
 class BlockGibbs:
     """Block Gibbs sampling of a restricted Boltzmann machine: all hidden units, then all visible ones.
 
-    Its moves are reversible with respect to exp(-U(v)), U an `RBMEnergy`, and are accepted with probability
+    U is an `RBMEnergy`, and s the slope of the base's log density at zero. A proposal is reversible with respect to
+    exp(s'v - U(v)), whose visible biases are b + s, and accepted with probability
 
-        min(1, base(v') / base(v))
+        min(1, r(v') / r(v))        r(v) = base(v) exp(-s'v)
 
-    so that they leave base(v) exp(-U(v)) invariant. Where the base is uniform, every one is. A move is as dear as a few
-    evaluations of U, where a sweep of single sites has one for each.
+    so that base(v) exp(-U(v)) is left invariant. Of a base of independent bits r is constant, and every proposal is
+    accepted. A move is as dear as a few evaluations of U, where a sweep of single sites has one for each.
 
     Reference: Smolensky (1986).
     """
@@ -158,12 +159,17 @@ class BlockGibbs:
         def step(
             key: PRNGKey, state: LatticeState, log_density: LogDensity, tuning: Any, num_steps: Array
         ) -> tuple[LatticeState, Stats]:
+            def log_base(x: Array) -> Array:
+                return log_density(x) + rbm(x)
+
             key_hidden, key_visible, key_accept = jax.random.split(key, 3)
             x = state.position
+            slope = jax.grad(log_base)(jnp.zeros_like(x))
             hidden = jax.random.bernoulli(key_hidden, jax.nn.sigmoid(rbm.hidden_logits(x))).astype(x.dtype)
-            visible = jax.random.bernoulli(key_visible, jax.nn.sigmoid(rbm.visible_logits(hidden))).astype(x.dtype)
+            logits = rbm.visible_logits(hidden) + slope
+            visible = jax.random.bernoulli(key_visible, jax.nn.sigmoid(logits)).astype(x.dtype)
             there = _at(visible, log_density)
-            log_ratio = there.logdensity + rbm(visible) - state.logdensity - rbm(x)
+            log_ratio = there.logdensity + rbm(visible) - state.logdensity - rbm(x) - slope @ (visible - x)
             return _metropolis(key_accept, state, there, log_ratio)
 
         return Kernel(_at, step)

@@ -1,15 +1,14 @@
 """Training on discrete data: gradients and log Z against sums over all states, and what is learned."""
 
-import math
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.scipy.special import logsumexp
 from lattice_problems import bits, boltzmann, categories, flat, probabilities, rbm
-from limits import chi2_limits, t_limit
+from limits import chi2_limits, t_limit, z_limit
 
 import ebm_ppl as ebm
 from ebm_ppl.train.objective import Density, log_prob
@@ -56,28 +55,28 @@ def replicated(objective, machines, num_replicas, batch):
 
 
 SAMPLING = {
-    "contrastive": ebm.ContrastiveDivergence(Dynamics(ebm.Gibbs(), 30)),
+    "contrastive": ebm.ContrastiveDivergence(Dynamics(ebm.Gibbs(), 20)),
     "persistent": ebm.PersistentContrastiveDivergence(256, 0.0, Dynamics(ebm.Gibbs(), 10)),
-    "jarzynski, Gibbs": ebm.Jarzynski(1024, dynamics=Dynamics(ebm.Gibbs(), 1)),
-    "jarzynski, with gradients": ebm.Jarzynski(1024, dynamics=Dynamics(ebm.GibbsWithGradients(), 8)),
-    "jarzynski, block": ebm.Jarzynski(1024, dynamics=Dynamics(ebm.BlockGibbs(), 2)),
+    "jarzynski, Gibbs": ebm.Jarzynski(512, dynamics=Dynamics(ebm.Gibbs(), 1)),
+    "jarzynski, with gradients": ebm.Jarzynski(512, dynamics=Dynamics(ebm.GibbsWithGradients(), 8)),
+    "jarzynski, block": ebm.Jarzynski(512, dynamics=Dynamics(ebm.BlockGibbs(), 2)),
 }
 
 
 @pytest.mark.parametrize("name", SAMPLING)
 def test_gradient_is_that_of_the_likelihood(name):
-    num, data = 64, batch(256)
+    num, data = 64, batch(128)
 
     def exact_loss(machine):
         return jnp.mean(jax.vmap(machine)(data)) + machine.log_z()
 
     exact = flat(jax.grad(exact_loss)(MACHINE))
-    machines = jax.tree.map(lambda x: jnp.stack([x] * 6), MACHINE)
+    machines = jax.tree.map(lambda x: jnp.stack([x] * 4), MACHINE)
     gradients = replicated(SAMPLING[name], machines, num, data)[0][:, -1]
     error = gradients.std(axis=0, ddof=1) / np.sqrt(num)
     scores = (gradients.mean(axis=0) - exact) / error
     assert np.max(np.abs(scores)) < t_limit(len(exact) * len(SAMPLING), num - 1), scores
-    assert np.linalg.norm(error) < 0.03 * np.linalg.norm(exact)  # so that the scores mean something
+    assert np.linalg.norm(error) < 0.05 * np.linalg.norm(exact)  # so that the scores mean something
 
 
 @pytest.mark.parametrize("kernel", [ebm.Gibbs(), ebm.GibbsWithGradients(), ebm.BlockGibbs()], ids=lambda x: x.name)
@@ -111,9 +110,9 @@ MODELS = {
 }
 
 
-def expected(objective, model, q=None):
+def expected(objective, model, q):
     """Its loss of an energy, in expectation over all states by their probability q."""
-    energy, base, dim, k = model
+    _, base, dim, k = model
     states = ebm.enumerate_states(dim, k)
 
     def loss(energy):
@@ -121,7 +120,7 @@ def expected(objective, model, q=None):
         each = jax.vmap(lambda x: objective.loss(jax.random.key(0), density, (), (), x[None])[0])(states)
         return each @ q
 
-    return loss
+    return jax.jit(loss)
 
 
 def true_probabilities(model):
@@ -134,7 +133,7 @@ def true_probabilities(model):
 def test_the_truth_and_nothing_beside_it_has_no_slope(name, model):
     energy, _, _, k = MODELS[model]
     q = true_probabilities(MODELS[model])
-    slope = jax.grad(expected(DIFFERENCES[name](k), MODELS[model], q))
+    slope = jax.jit(jax.grad(expected(DIFFERENCES[name](k), MODELS[model], q)))
     np.testing.assert_allclose(flat(slope(energy)), 0.0, atol=1e-12)
     off = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(1).normal(size=x.shape), energy)
     assert np.linalg.norm(flat(slope(off))) > 1e-3
@@ -169,7 +168,7 @@ def test_the_loss_is_a_divergence_from_the_data_and_a_constant(name, model):
     energy, base, dim, k = MODELS[model]
     states = ebm.enumerate_states(dim, k)
     q = np.random.default_rng(2).dirichlet(np.full(len(states), 5.0))
-    loss = jax.jit(expected(DIFFERENCES[name](k), MODELS[model], q))
+    loss = expected(DIFFERENCES[name](k), MODELS[model], q)
     others = [jax.tree.map(lambda x, s=s: s * x, energy) for s in (1.0, 0.3, -0.5)]
     values = np.array([loss(other) for other in others])
     exact = np.array([divergence(name, q, true_probabilities((other, base, dim, k)), states) for other in others])
@@ -184,10 +183,9 @@ def test_some_coordinates_are_right_on_average(name):
     some = DIFFERENCES[name](num_coordinates=3)
     keys = jax.random.split(jax.random.key(1), 2000)
     values = np.asarray(jax.jit(jax.vmap(lambda key: some.loss(key, density, (), (), data)[0]))(keys))
-    assert values.std() > 0
     score = (values.mean() - exact) / (values.std(ddof=1) / np.sqrt(len(values)))
     assert abs(score) < t_limit(3, len(values) - 1)
-    assert values.std() / np.sqrt(len(values)) < 0.02 * abs(exact)
+    assert 0 < values.std() / np.sqrt(len(values)) < 0.05 * abs(exact)
 
 
 def of_pairs(parameters, dim):
@@ -205,7 +203,7 @@ def to_pairs(machine):
 def test_the_couplings_of_a_known_machine_are_recovered(name):
     """By `fit`, within the error that estimates of the kind have: H^-1 G H^-1 / n, of the loss of one point with mean
     curvature H and covariance G of its slopes, which sums over all states give."""
-    dim, num, seeds = 5, 4000, 4
+    dim, num, seeds = 4, 2000, 3
     truth = to_pairs(boltzmann(dim, 0.6))
     states, objective = ebm.enumerate_states(dim), DIFFERENCES[name]()
     p = probabilities(of_pairs(truth, dim), dim)
@@ -226,9 +224,9 @@ def test_the_couplings_of_a_known_machine_are_recovered(name):
             ebm.BoltzmannEnergy(jax.random.key(0), dim),
             data,
             objective,
-            optimiser=optax.adam(optax.cosine_decay_schedule(0.05, 600)),
-            num_steps=600,
-            every=600,
+            optimiser=optax.adam(optax.cosine_decay_schedule(0.1, 300)),
+            num_steps=300,
+            every=300,
             batch_size=num,
             progress_bar=False,
         )
@@ -283,7 +281,8 @@ def test_settings_out_of_range_are_refused():
 def test_a_discrete_base_takes_floating_point_numbers():
     x = jnp.array([0.0, 2.0, 1.0])
     np.testing.assert_allclose(log_prob(categories([0.2, 0.3, 0.5], 3), x), np.log(0.2 * 0.5 * 0.3))
-    np.testing.assert_allclose(jax.grad(lambda x: log_prob(bits(3, 0.2), x))(x / 2), math.log(0.2 / 0.8), rtol=1e-12)
+    slope = jax.grad(lambda x: log_prob(bits(3, 0.2), x))(x % 2)
+    np.testing.assert_allclose(slope, np.log(0.2 / 0.8), rtol=1e-12)
 
 
 # What is learned
@@ -313,9 +312,57 @@ def test_three_states_are_learned_by_walkers_and_differences_alike():
 
 @pytest.fixture(scope="module")
 def digits():
-    """Train and test, 64 binary pixels."""
+    """Of scikit-learn, 64 binary pixels each, some to train on and others."""
     from sklearn.datasets import load_digits
 
     pixels = (load_digits().data >= 8).astype(float)
     pixels = pixels[np.random.default_rng(0).permutation(len(pixels))]
     return pixels[:1500], pixels[1500:]
+
+
+def of_independent_pixels(data, test):
+    """Log probability of each, by the shares of the data and one more of either kind."""
+    on = (data.sum(axis=0) + 1) / (len(data) + 2)
+    return test @ np.log(on) + (1 - test) @ np.log1p(-on)
+
+
+def learned(objective, data, seed):
+    return ebm.fit(
+        jax.random.key(seed),
+        ebm.RBMEnergy(jax.random.key(0), 64, 16),
+        data,
+        objective,
+        base=bits(64),
+        optimiser=optax.adam(0.02),
+        num_steps=150,
+        every=150,
+        progress_bar=False,
+    )
+
+
+DIGITS = {
+    "persistent": (ebm.PersistentContrastiveDivergence(256, 0.0, Dynamics(ebm.BlockGibbs(), 2)), 1),
+    "jarzynski": (ebm.Jarzynski(256, dynamics=Dynamics(ebm.BlockGibbs(), 1)), 6),
+}
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_digits_are_learned_and_log_z_is_known(name, digits):
+    """Each held-out digit by the exact log Z, over 2^16 hidden states, against independent pixels."""
+    objective, num_seeds = DIGITS[name]
+    data, test = digits
+    ratios = []
+    for seed in range(num_seeds):
+        fitted = learned(objective, data, seed)
+        log_z = fitted.energy.log_z()
+        gain = -jax.vmap(fitted.energy)(jnp.asarray(test)) - log_z - of_independent_pixels(data, test)
+        assert gain.mean() / (gain.std(ddof=1) / np.sqrt(len(test))) > z_limit(7)
+        print(f"{name} {seed}: gain {gain.mean():.2f} nats")
+        if name == "jarzynski":
+            witness = objective._weighed(fitted.state.witness, Density(fitted.energy, bits(64), (64,)))
+            told = witness.log_z + logsumexp(witness.log_weight) - np.log(len(witness.points))
+            ratios.append(float(jnp.exp(told - log_z + 64 * np.log(2))))
+            print(f"log Z {told:.3f}, exactly {log_z - 64 * np.log(2):.3f}")
+    if ratios:
+        error = np.std(ratios, ddof=1) / np.sqrt(num_seeds)
+        assert abs(np.mean(ratios) - 1) < t_limit(1, num_seeds - 1) * error and error < 0.2
