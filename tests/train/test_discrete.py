@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import optax
 import pytest
 from jax.scipy.special import logsumexp
@@ -16,8 +17,8 @@ from ebm_ppl.train.walkers import Dynamics
 
 # Likelihood, with negatives from chains
 
-MACHINE, BASE = rbm(8, 4, 0.7), bits(8)
-"""2^8 visible states."""
+MACHINE, BASE = rbm(8, 4), bits(8)
+"""2^8 visible states. A sweep of it leaves a bias in the gradient of ten errors of the test below, six none to see."""
 
 
 def batch(num, seed=0):
@@ -55,11 +56,11 @@ def replicated(objective, machines, num_replicas, batch):
 
 
 SAMPLING = {
-    "contrastive": ebm.ContrastiveDivergence(Dynamics(ebm.Gibbs(), 20)),
-    "persistent": ebm.PersistentContrastiveDivergence(256, 0.0, Dynamics(ebm.Gibbs(), 10)),
+    "contrastive": ebm.ContrastiveDivergence(Dynamics(ebm.Gibbs(), 6)),
+    "persistent": ebm.PersistentContrastiveDivergence(128, 0.0, Dynamics(ebm.Gibbs(), 1)),
     "jarzynski, Gibbs": ebm.Jarzynski(512, dynamics=Dynamics(ebm.Gibbs(), 1)),
-    "jarzynski, with gradients": ebm.Jarzynski(512, dynamics=Dynamics(ebm.GibbsWithGradients(), 8)),
-    "jarzynski, block": ebm.Jarzynski(512, dynamics=Dynamics(ebm.BlockGibbs(), 2)),
+    "jarzynski, with gradients": ebm.Jarzynski(512, dynamics=Dynamics(ebm.GibbsWithGradients(), 4)),
+    "jarzynski, block": ebm.Jarzynski(512, dynamics=Dynamics(ebm.BlockGibbs(), 1)),
 }
 
 
@@ -71,7 +72,7 @@ def test_gradient_is_that_of_the_likelihood(name):
         return jnp.mean(jax.vmap(machine)(data)) + machine.log_z()
 
     exact = flat(jax.grad(exact_loss)(MACHINE))
-    machines = jax.tree.map(lambda x: jnp.stack([x] * 4), MACHINE)
+    machines = jax.tree.map(lambda x: jnp.stack([x] * 6), MACHINE)
     gradients = replicated(SAMPLING[name], machines, num, data)[0][:, -1]
     error = gradients.std(axis=0, ddof=1) / np.sqrt(num)
     scores = (gradients.mean(axis=0) - exact) / error
@@ -320,49 +321,50 @@ def digits():
     return pixels[:1500], pixels[1500:]
 
 
-def of_independent_pixels(data, test):
-    """Log probability of each, by the shares of the data and one more of either kind."""
-    on = (data.sum(axis=0) + 1) / (len(data) + 2)
-    return test @ np.log(on) + (1 - test) @ np.log1p(-on)
-
-
-def learned(objective, data, seed):
+def learned(objective, base, data, seed):
     return ebm.fit(
         jax.random.key(seed),
         ebm.RBMEnergy(jax.random.key(0), 64, 16),
         data,
         objective,
-        base=bits(64),
+        base=base,
         optimiser=optax.adam(0.02),
         num_steps=150,
         every=150,
+        averaging=0.95,
         progress_bar=False,
     )
 
 
+def log_z_over(base_logits, machine):
+    """Exact, over 2^16 hidden states, relative to a base of independent bits: these are added to the visible biases."""
+    joint = eqx.tree_at(lambda machine: machine.visible_bias, machine, machine.visible_bias + base_logits)
+    return joint.log_z() - jnp.sum(jax.nn.softplus(base_logits))
+
+
 DIGITS = {
-    "persistent": (ebm.PersistentContrastiveDivergence(256, 0.0, Dynamics(ebm.BlockGibbs(), 2)), 1),
-    "jarzynski": (ebm.Jarzynski(256, dynamics=Dynamics(ebm.BlockGibbs(), 1)), 6),
+    "persistent": (ebm.PersistentContrastiveDivergence(128, 0.0, Dynamics(ebm.BlockGibbs(), 5)), 1),
+    "jarzynski": (ebm.Jarzynski(256, dynamics=Dynamics(ebm.BlockGibbs(), 1)), 5),
 }
 
 
 @pytest.mark.parametrize("name", DIGITS)
 def test_digits_are_learned_and_log_z_is_known(name, digits):
-    """Each held-out digit by the exact log Z, over 2^16 hidden states, against independent pixels."""
-    objective, num_seeds = DIGITS[name]
-    data, test = digits
-    ratios = []
+    """From a base of independent pixels, that have the shares of the data: what an RBM gains on it at each digit that
+    is held out, by the exact log Z. The witness has an unbiased Z of any energy that it has no say in, such as the one
+    with averaged parameters."""
+    (objective, num_seeds), (data, test) = DIGITS[name], digits
+    on = (data.sum(axis=0) + 1) / (len(data) + 2)
+    base, ratios = dist.Bernoulli(jnp.asarray(on)).to_event(1), []
     for seed in range(num_seeds):
-        fitted = learned(objective, data, seed)
-        log_z = fitted.energy.log_z()
-        gain = -jax.vmap(fitted.energy)(jnp.asarray(test)) - log_z - of_independent_pixels(data, test)
-        assert gain.mean() / (gain.std(ddof=1) / np.sqrt(len(test))) > z_limit(7)
-        print(f"{name} {seed}: gain {gain.mean():.2f} nats")
+        fitted = learned(objective, base, data, seed)
+        log_z = log_z_over(jnp.log(on / (1 - on)), fitted.energy)
+        gain = np.asarray(-jax.vmap(fitted.energy)(jnp.asarray(test)) - log_z)
+        assert (gain.mean() - 1) / (gain.std(ddof=1) / np.sqrt(len(test))) > z_limit(6)  # one nat, beyond doubt
         if name == "jarzynski":
-            witness = objective._weighed(fitted.state.witness, Density(fitted.energy, bits(64), (64,)))
+            witness = objective._weighed(fitted.state.witness, Density(fitted.energy, base, (64,)))
             told = witness.log_z + logsumexp(witness.log_weight) - np.log(len(witness.points))
-            ratios.append(float(jnp.exp(told - log_z + 64 * np.log(2))))
-            print(f"log Z {told:.3f}, exactly {log_z - 64 * np.log(2):.3f}")
+            ratios.append(float(jnp.exp(told - log_z)))
     if ratios:
         error = np.std(ratios, ddof=1) / np.sqrt(num_seeds)
         assert abs(np.mean(ratios) - 1) < t_limit(1, num_seeds - 1) * error and error < 0.2
