@@ -58,9 +58,9 @@ def replicated(objective, machines, num_replicas, batch):
 SAMPLING = {
     "contrastive": ebm.ContrastiveDivergence(Dynamics(ebm.Gibbs(), 6)),
     "persistent": ebm.PersistentContrastiveDivergence(128, 0.0, Dynamics(ebm.Gibbs(), 1)),
-    "jarzynski, Gibbs": ebm.Jarzynski(512, dynamics=Dynamics(ebm.Gibbs(), 1)),
-    "jarzynski, with gradients": ebm.Jarzynski(512, dynamics=Dynamics(ebm.GibbsWithGradients(), 4)),
-    "jarzynski, block": ebm.Jarzynski(512, dynamics=Dynamics(ebm.BlockGibbs(), 1)),
+    "jarzynski, Gibbs": ebm.Jarzynski(256, dynamics=Dynamics(ebm.Gibbs(), 1)),
+    "jarzynski, with gradients": ebm.Jarzynski(256, dynamics=Dynamics(ebm.GibbsWithGradients(), 4)),
+    "jarzynski, block": ebm.Jarzynski(256, dynamics=Dynamics(ebm.BlockGibbs(), 1)),
 }
 
 
