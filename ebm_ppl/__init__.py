@@ -15,6 +15,8 @@ from ebm_ppl.flow import Flow
 from ebm_ppl.independence import Independence
 from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Langevin
+from ebm_ppl.lattice.energy import BoltzmannEnergy, RBMEnergy, enumerate_log_z, enumerate_states
+from ebm_ppl.lattice.gibbs import BlockGibbs, Gibbs, GibbsWithGradients
 from ebm_ppl.logz.ais import AIS
 from ebm_ppl.logz.bdmc import BDMC
 from ebm_ppl.logz.bridge import Bridge
@@ -33,6 +35,7 @@ from ebm_ppl.sequential import evidence_between, sequential_evidence
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, target
 from ebm_ppl.train.contrast import EnergyDiscrepancy, NoiseContrast
+from ebm_ppl.train.discrete import ConcreteScoreMatching, PseudoLikelihood, RatioMatching
 from ebm_ppl.train.fit import fit
 from ebm_ppl.train.jarzynski import Jarzynski
 from ebm_ppl.train.likelihood import ContrastiveDivergence, PersistentContrastiveDivergence
@@ -62,8 +65,11 @@ __all__ = [
     "MCLMC",
     "NUTS",
     "SMC",
+    "BlockGibbs",
+    "BoltzmannEnergy",
     "Bridge",
     "CheckpointError",
+    "ConcreteScoreMatching",
     "Consultation",
     "ContrastiveDivergence",
     "ConvEnergy",
@@ -80,6 +86,8 @@ __all__ = [
     "FittedReference",
     "Flow",
     "FunctionEnergy",
+    "Gibbs",
+    "GibbsWithGradients",
     "IncomparableError",
     "Independence",
     "IntractablePartitionError",
@@ -96,7 +104,10 @@ __all__ = [
     "OutOfMemoryError",
     "ParallelTempering",
     "PersistentContrastiveDivergence",
+    "PseudoLikelihood",
     "QuadraticEnergy",
+    "RBMEnergy",
+    "RatioMatching",
     "ScaledEnergy",
     "ScoreMatching",
     "SpectralNorm",
@@ -109,6 +120,8 @@ __all__ = [
     "classifier_test",
     "compare",
     "energy_factor",
+    "enumerate_log_z",
+    "enumerate_states",
     "evaluate",
     "evidence_between",
     "fit",

@@ -135,6 +135,8 @@ def fit(
     if not jax.tree.leaves(trainable):
         raise EnergyError("The energy has no floating-point arrays to train: it is a pytree of them, MLPEnergy, say.")
     _check_events(density, points)
+    for each in (points,) if judged is None else (points, judged):
+        objective.check(each)
     parameters, state = objective.init(jax.random.fold_in(key, INIT), density, points)
     given = Given(
         key=key,

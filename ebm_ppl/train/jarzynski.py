@@ -91,6 +91,7 @@ class Jarzynski(Objective):
 
         def population(key: PRNGKey) -> Population:
             points = density.draw_base(key, self.num_walkers).astype(data.dtype)
+            self.dynamics.check_start(points)
             tilted = -jax.vmap(density.tilt)(points)
             # The first step takes off what a move would have had to leave, and there has been none.
             log_weight = tilted + jax.vmap(self._left(density))(points, points)

@@ -42,6 +42,7 @@ class ContrastiveDivergence(Objective):
     is_comparable = False
 
     def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
+        self.dynamics.check_start(data)
         return (), jnp.asarray(self.dynamics.step_size, data.dtype)
 
     def loss(
@@ -84,9 +85,12 @@ class PersistentContrastiveDivergence(Objective):
 
     def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
         step_size = jnp.asarray(self.dynamics.step_size, data.dtype)
-        if density.base is not None:
-            return (), Buffer(density.draw_base(key, self.num_walkers).astype(data.dtype), step_size)
-        return (), Buffer(data[jax.random.randint(key, (self.num_walkers,), 0, len(data))], step_size)
+        if density.base is None:
+            points = data[jax.random.randint(key, (self.num_walkers,), 0, len(data))]
+        else:
+            points = density.draw_base(key, self.num_walkers).astype(data.dtype)
+        self.dynamics.check_start(points)
+        return (), Buffer(points, step_size)
 
     def loss(
         self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array

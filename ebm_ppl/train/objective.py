@@ -53,7 +53,7 @@ class Density(eqx.Module):
         """V(x)"""
         if self.base is None:
             return self.tilt(x)
-        return self.tilt(x) - jnp.asarray(self.base.log_prob(x.reshape(self.event_shape)))
+        return self.tilt(x) - log_prob(self.base, x.reshape(self.event_shape))
 
     def log_density(self, x: Array) -> Array:
         return -self.total(x)
@@ -71,6 +71,9 @@ class Objective(eqx.Module):
     name: ClassVar[str]
     is_comparable: ClassVar[bool]
 
+    def check(self, data: Array) -> None:
+        """Refuses data, shape (num, dim), that it cannot be trained on or judged at."""
+
     def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
         """`(parameters, state)` before the first step: none, but where an objective has some."""
         return (), ()
@@ -80,6 +83,15 @@ class Objective(eqx.Module):
     ) -> tuple[Array, tuple[Any, Metrics]]:
         """Loss of a batch, and the state and metrics after it."""
         raise NotImplementedError
+
+
+def log_prob(base: Any, x: Array) -> Array:
+    """Of a NumPyro distribution at one event of floating-point numbers, also where it is discrete.
+
+    Categories are looked up by whole numbers. Bits are left as they are, since their log density has a slope.
+    """
+    bits = getattr(base.support, "base_constraint", base.support) is dist.constraints.boolean
+    return jnp.asarray(base.log_prob(x.astype(int) if base.is_discrete and not bits else x))
 
 
 def without_gradient(tree: Any) -> Any:

@@ -2,12 +2,13 @@
 
     moved, accepted = walk(key, points, density, dynamics, step_size)
 
-Kernels are those of `kernels.py`, with a unit metric, so that data should be in units of their own spread. The step
-size of an adjusted one follows the acceptance of all walkers,
+Kernels are those of `kernels.py`, with a unit metric, so that data should be in units of their own spread, and of
+discrete data those of `lattice/gibbs.py`. The step size of `MALA` and `HMC` follows the acceptance of all walkers,
 
     log h  <-  log h + (accepted - target_accept) / 10
 
 that of the unadjusted `Langevin` stays what it is: h is the variance of its noise over two, and its bias of order h.
+Kernels of discrete data have none.
 
 References:
     Roberts and Tweedie (1996), Exponential convergence of Langevin distributions and their discrete approximations.
@@ -21,7 +22,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ebm_ppl.kernels import HMC, MALA, Langevin, Tuning
+from ebm_ppl.kernels import HMC, MALA, Kernel, Langevin, Tuning
+from ebm_ppl.lattice.energy import check_states
+from ebm_ppl.lattice.gibbs import BlockGibbs, Lattice
 from ebm_ppl.scale import DiagonalScale
 from ebm_ppl.train.objective import Density, without_gradient
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
@@ -34,18 +37,28 @@ class Dynamics(eqx.Module):
     """How walkers move in a step of training.
 
     Args:
-        kernel: `Langevin()`, unadjusted, or `MALA()` or `HMC()`, adjusted.
+        kernel: `Langevin()`, unadjusted, or `MALA()` or `HMC()`, adjusted; of discrete data `Gibbs()`,
+            `GibbsWithGradients()` or `BlockGibbs()`.
         num_moves: of each walker.
-        step_size: h of Langevin, or where the adaptation of an adjusted kernel starts.
+        step_size: h of Langevin, or where the adaptation of MALA or HMC starts; of discrete data it has no meaning.
     """
 
-    kernel: Langevin | MALA | HMC = Langevin()
+    kernel: Langevin | MALA | HMC | Lattice = Langevin()
     num_moves: int = 10
     step_size: float = 0.1
 
     def __check_init__(self):
         if self.num_moves < 1 or not self.step_size > 0:
             raise EnergyError(f"num_moves is 1 at least and step_size positive; got {self}.")
+
+    def kernel_for(self, density: Density) -> Kernel:
+        """The kernel that moves points towards a density: block Gibbs alone looks into its energy."""
+        return self.kernel.kernel(density.energy) if isinstance(self.kernel, BlockGibbs) else self.kernel.kernel()
+
+    def check_start(self, points: Array) -> None:
+        """Refuses points that a kernel of discrete states would make nonsense of, where they are known."""
+        if isinstance(self.kernel, Lattice):
+            check_states(points, self.kernel.num_states, f"Walkers of {self.kernel.name}")
 
 
 def walk(key: PRNGKey, points: Array, density: Density, dynamics: Dynamics, step_size: Array) -> tuple[Array, Array]:
@@ -54,7 +67,7 @@ def walk(key: PRNGKey, points: Array, density: Density, dynamics: Dynamics, step
     What the walkers do has no gradient in the parameters of the energy.
     """
     density = without_gradient(density)
-    kernel = dynamics.kernel.kernel()
+    kernel = dynamics.kernel_for(density)
     tuning = Tuning(step_size, DiagonalScale(jnp.ones_like(points[0])))
     states = jax.vmap(lambda x: kernel.init(x, density.log_density))(points)
 
@@ -71,7 +84,7 @@ def walk(key: PRNGKey, points: Array, density: Density, dynamics: Dynamics, step
 
 
 def next_step_size(step_size: Array, accepted: Array, dynamics: Dynamics) -> Array:
-    """Of an adjusted kernel, nearer to the acceptance that it aims at."""
-    if isinstance(dynamics.kernel, Langevin):
+    """Of a kernel that aims at an acceptance, nearer to it."""
+    if not isinstance(dynamics.kernel, MALA | HMC):
         return step_size
     return step_size * jnp.exp(LEARNING * (accepted - dynamics.kernel.target_accept))
