@@ -20,8 +20,9 @@ import warnings
 import numpy as np
 import numpyro
 from evidence import gauss
-from log_z import COLUMNS, INTERVAL, RESAMPLES, Runs, as_header, as_row
+from log_z import COLUMNS, INTERVAL, RESAMPLES, Runs
 from peers import TOOLS
+from records import as_header, as_row
 
 import ebm_ppl as ebm
 

@@ -15,12 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 import tempfile
 import time
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +26,11 @@ import numpy as np
 from cube import OutOfReachError
 from evidence import PROBLEMS
 from peers import OURS, PEERS, TOOLS
+from records import Record, append, as_header, as_row, read, versions
 from served import EndedError, Served
 
-Record = dict[str, Any]
-"""One run: problem, tool, seed, outcome; where that is "done", also value, std_error, evaluations, seconds, doubts."""
+# A record is one run: problem, tool, seed, outcome; where that is "done", also value, std_error, evaluations, seconds,
+# doubts.
 PACKAGES = ("ebm_ppl", "jax", "numpyro", "blackjax", "pymc", "dynesty", "nautilus-sampler", "jaxns", "pocomc")
 GOALS = {"1/5": 5.0, "1/2": 2.0}
 """What share of a peer's error ours shall be at equal evaluations, and the ratio of theirs to ours that this takes."""
@@ -86,7 +85,13 @@ class Tool:
         self.served: Served | None = None
 
     def run(self, seed: int) -> Record:
-        record = {"problem": self.problem, "tool": self.name, "seed": seed, "limit": self.limit, "versions": versions()}
+        record = {
+            "problem": self.problem,
+            "tool": self.name,
+            "seed": seed,
+            "limit": self.limit,
+            "versions": versions(PACKAGES),
+        }
         try:
             return record | json.loads(self._process().ask(seed, self.limit))
         except EndedError as error:
@@ -107,22 +112,6 @@ class Tool:
             self.served = None
 
 
-def versions() -> str:
-    """Of the packages that are installed, and of Python."""
-    return ", ".join([*(f"{name} {found}" for name in PACKAGES if (found := _version(name))), _python()])
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _python() -> str:
-    return f"Python {platform.python_version()}"
-
-
 def run_all(options: argparse.Namespace, records: list[Record]) -> None:
     """All runs that are asked for and not there yet, in turns; each is added to the records, and to the file."""
     for problem in options.targets:
@@ -134,9 +123,7 @@ def run_all(options: argparse.Namespace, records: list[Record]) -> None:
                 elif not is_known(tool, seed, records):
                     print(f"{problem}, {tool.name}, seed {seed} ...", file=sys.stderr, flush=True)
                     records.append(tool.run(seed))
-                    if options.out:
-                        with options.out.open("a") as file:
-                            print(json.dumps(records[-1]), file=file)
+                    append(records[-1], options.out)
         for tool in tools:
             tool.stop()
 
@@ -147,10 +134,6 @@ def is_known(tool: Tool, seed: int, records: list[Record]) -> bool:
     return any(
         record["seed"] == seed or (record["outcome"] in HOPELESS and record["limit"] >= tool.limit) for record in same
     )
-
-
-def read(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 # Tables
@@ -275,14 +258,6 @@ def print_ratios(found: dict[str, dict[str, Runs]]) -> None:
     for tool, values in ratios.items():
         met = [f"{name} in {sum(value >= least for value in values)}" for name, least in GOALS.items()]
         print(f"{tool}: of {len(values)} comparisons it meets {', '.join(met)}.")
-
-
-def as_row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def as_header(*columns: str) -> str:
-    return f"{as_row(*columns)}\n|{' --- |' * len(columns)}"
 
 
 def arguments() -> argparse.Namespace:

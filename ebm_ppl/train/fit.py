@@ -383,13 +383,19 @@ def _check_events(density: Density, points: Array) -> None:
                 f"{np.sum(~inside)} of {len(points)} events of the data lie outside of the base's support, the first "
                 f"at {np.argmin(inside)}: take a wider base."
             )
-    energies = jax.jit(jax.vmap(density.total))(points[:1000])
+    energies = _energies(density, points[:1000])
     if bad := int(np.sum(~np.isfinite(energies))):
         at = int(np.argmax(~np.isfinite(energies)))
         raise NonFiniteEnergyError(
             f"The energy is not finite at {bad} of the first {len(energies)} events of the data, first at event {at} "
             f"({float(energies[at])}), before a step was made."
         )
+
+
+@eqx.filter_jit
+def _energies(density: Density, points: Array) -> Array:
+    """A program for all runs with such an energy."""
+    return jax.vmap(density.total)(points)
 
 
 def _check_finite(metrics: dict[str, np.ndarray], before: int, objective: Objective) -> None:
