@@ -846,7 +846,7 @@ MUTATIONS = (
         "evaluate: another energy in the model whose log Z is wanted",
         "evaluate/evaluate.py",
         'energy_factor("energy", density.tilt(x), role="loss")',
-        'energy_factor("energy", 0.9 * density.tilt(x), role="loss")',
+        'energy_factor("energy", 2.0 * density.tilt(x), role="loss")',
         ("evaluate/test_evaluate.py::test_log_z_is_that_of_quadrature_within_its_error_and_its_bounds",),
     ),
     Mutation(

@@ -65,7 +65,7 @@ def squared_distance(x: Array, y: Array) -> Array:
 
 def median_distance(key: PRNGKey, points: Array) -> Array:
     """The median distance of some of the points, which does not depend on their order: shape (num, dim)."""
-    chosen = jax.random.permutation(key, points)[:FOR_MEDIAN]
+    chosen = jax.random.permutation(key, points - jnp.mean(points, axis=0))[:FOR_MEDIAN]
     squares = jax.vmap(lambda x: jax.vmap(lambda y: squared_distance(x, y))(chosen))(chosen)
     return jnp.sqrt(jnp.median(squares[jnp.triu_indices(len(chosen), 1)]))
 

@@ -73,6 +73,11 @@ def stein_test(
 ) -> Significance:
     """Tests whether points come from `base(x) exp(-U(x)) / Z`, by a kernel Stein discrepancy; Z need not be known.
 
+    At a level of 5 % it rejected 5.0 and 4.4 % of 500 samples of 200 points of a Gaussian and of a banana, and 5.6 % of
+    500 sets of chains of which 19 draws are worth one; 95 % of samples of the Gaussian shifted by .3, and all with the
+    tails of Student's t of 3 degrees of freedom (`tests/evaluate/test_stein.py`). Memory goes as the number of points
+    times that of signs, time as the square of the first times the second.
+
     Args:
         energy: U, a callable on one event, in nats.
         points: independent events, shape (num, *event_shape); with `chains`, (chain, draw, *event_shape).
