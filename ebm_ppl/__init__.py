@@ -20,15 +20,19 @@ from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
 from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.memory import memory
+from ebm_ppl.noise import NoiseConditionalEnergy, noise_levels
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_compare, plot_energies, plot_sequential_evidence, plot_smc
 from ebm_ppl.sequential import evidence_between, sequential_evidence
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, target
+from ebm_ppl.train.adversarial import Adversarial, FlowGenerator, ImplicitGenerator
+from ebm_ppl.train.anneal import anneal
 from ebm_ppl.train.contrast import EnergyDiscrepancy, NoiseContrast
 from ebm_ppl.train.fit import fit
 from ebm_ppl.train.jarzynski import Jarzynski
 from ebm_ppl.train.likelihood import ContrastiveDivergence, PersistentContrastiveDivergence
+from ebm_ppl.train.recovery import RecoveryLikelihood, recover
 from ebm_ppl.train.score import DenoisingScoreMatching, ScoreMatching
 from ebm_ppl.train.walkers import Dynamics
 from ebm_ppl.typing import (
@@ -55,6 +59,7 @@ __all__ = [
     "MCLMC",
     "NUTS",
     "SMC",
+    "Adversarial",
     "Bridge",
     "CheckpointError",
     "Consultation",
@@ -70,7 +75,9 @@ __all__ = [
     "EnergyWarning",
     "FittedReference",
     "Flow",
+    "FlowGenerator",
     "FunctionEnergy",
+    "ImplicitGenerator",
     "IncomparableError",
     "Independence",
     "IntractablePartitionError",
@@ -81,12 +88,14 @@ __all__ = [
     "MLPEnergy",
     "NestedSampling",
     "NoReferenceError",
+    "NoiseConditionalEnergy",
     "NoiseContrast",
     "NonFiniteEnergyError",
     "OutOfMemoryError",
     "ParallelTempering",
     "PersistentContrastiveDivergence",
     "QuadraticEnergy",
+    "RecoveryLikelihood",
     "ScaledEnergy",
     "ScoreMatching",
     "SteppingStone",
@@ -94,6 +103,7 @@ __all__ = [
     "Target",
     "TemperingStalledError",
     "ThermodynamicIntegration",
+    "anneal",
     "as_numpyro_kernel",
     "compare",
     "energy_factor",
@@ -103,6 +113,7 @@ __all__ = [
     "log_z_stream",
     "log_z_to_datatree",
     "memory",
+    "noise_levels",
     "plot_compare",
     "plot_energies",
     "plot_sequential_evidence",
@@ -110,6 +121,7 @@ __all__ = [
     "posterior_predictive",
     "prior_predictive",
     "read_log_z",
+    "recover",
     "sample",
     "sequential_evidence",
     "target",

@@ -15,7 +15,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import equinox as eqx
 import jax
@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 from ebm_ppl.kernels import HMC, MALA, Langevin, Tuning
 from ebm_ppl.scale import DiagonalScale
-from ebm_ppl.train.objective import Density, without_gradient
-from ebm_ppl.typing import Array, EnergyError, PRNGKey
+from ebm_ppl.train.objective import without_gradient
+from ebm_ppl.typing import Array, ArrayLike, EnergyError, PRNGKey
 
 LEARNING = 0.1
 """Change of the log step size by an acceptance that is off by one."""
@@ -48,14 +48,27 @@ class Dynamics(eqx.Module):
             raise EnergyError(f"num_moves is 1 at least and step_size positive; got {self}.")
 
 
-def walk(key: PRNGKey, points: Array, density: Density, dynamics: Dynamics, step_size: Array) -> tuple[Array, Array]:
+class Walked(Protocol):
+    """What walkers move by."""
+
+    def log_density(self, x: Array, /) -> Array: ...
+
+
+def walk(
+    key: PRNGKey, points: Array, density: Walked, dynamics: Dynamics, step_size: Array, unit: ArrayLike = 1.0
+) -> tuple[Array, Array]:
     """The points after `num_moves` moves, shape (num, dim), and the mean acceptance rate.
 
     What the walkers do has no gradient in the parameters of the energy.
+
+    Args:
+        unit: of length: the moves are those of step size `step_size` in coordinates x / unit.
     """
     density = without_gradient(density)
     kernel = dynamics.kernel.kernel()
-    tuning = Tuning(step_size, DiagonalScale(jnp.ones_like(points[0])))
+    if isinstance(dynamics.kernel, Langevin):  # whose step size is a variance, and whose metric is fixed
+        step_size = step_size * jnp.square(unit)
+    tuning = Tuning(step_size, DiagonalScale(jnp.full_like(points[0], unit)))
     states = jax.vmap(lambda x: kernel.init(x, density.log_density))(points)
 
     def move(states: Any, key: PRNGKey) -> tuple[Any, Array]:
