@@ -52,12 +52,13 @@ def check_levels(levels: Sequence[float]) -> None:
 class NoiseConditionalEnergy(Energy):
     """A network of a point and its level of noise, about the energy of a normal distribution.
 
-        U(x, sigma) = |x|^2 / 2 (s^2 + sigma^2)  +  s/sigma N(x / sqrt(s^2 + sigma^2), log sigma)
+        U(x, sigma) = |x|^2 / 2 (s^2 + sigma^2)  +  sqrt(s/sigma) N(x / sqrt(s^2 + sigma^2), log sigma)
 
-    With s the standard deviation of the data, the first term is exact for normal ones. The network N sees points of
-    unit variance, and its factor is such that a slope of order one has a score of the right magnitude at every level: that
-    of a single point of data where sigma is small, nothing where it is large. Without their first term energies are
-    those of `reference(sigma)`, normalised, and no other base is needed.
+    With s the standard deviation of the data, the first term is exact for normal ones, and all that is left at levels
+    much wider than s; without N energies are those of `reference(sigma)`, normalised, and no other base is needed. N
+    sees points of unit variance. Scores of single points grow with s/sigma, which preconditions a network of the score
+    (Karras et al.); those of a smooth density stay as they are. The root is between the two: with s/sigma itself,
+    small errors of N make large ones of the weights of modes at small levels.
 
     Args:
         key: draws the weights.
@@ -115,8 +116,6 @@ class EnergyAtNoise(Energy):
         x = jnp.ravel(x)
         sigma = self.sigma.astype(x.dtype)
         variance = scale**2 + sigma**2
-        # From -1 at the smallest level to 1 at the largest.
-        level = (jnp.log(sigma) - np.mean(levels[[0, -1]])) / max(levels[-1] - levels[0], 1.0) * 2
+        level = 2 * (jnp.log(sigma) - np.mean(levels[[0, -1]])) / max(levels[-1] - levels[0], 1.0)  # -1 to 1
         correction = network(jnp.append(x / jnp.sqrt(variance), level))
-        import os
-        return x @ x / (2 * variance) + (scale / sigma)**float(os.environ.get('POW','1')) * correction
+        return x @ x / (2 * variance) + jnp.sqrt(scale / sigma) * correction

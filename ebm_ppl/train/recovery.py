@@ -31,13 +31,13 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 
-from ebm_ppl.kernels import MALA
+from ebm_ppl.kernels import Langevin
 from ebm_ppl.noise import check_levels
 from ebm_ppl.train.objective import Density, Metrics, Objective, require_levels
 from ebm_ppl.train.walkers import Dynamics, next_step_size, walk
 from ebm_ppl.typing import Array, EnergyError, PRNGKey, as_key
 
-MOVES = Dynamics(MALA(), 20, 1.0)
+MOVES = Dynamics(Langevin(), 20, 0.1)
 """At each level."""
 
 
@@ -63,8 +63,9 @@ class RecoveryLikelihood(Objective):
     Args:
         levels: sigma_0, ..., sigma_T in units of the data, smallest first, as the energy has them; sigma_0 names the
             data as they are.
-        dynamics: the moves from y, by `Langevin()` or an adjusted kernel. The step size is in units of d_k: h = .1 of
-            Langevin is a noise of .45 d_k a move.
+        dynamics: the moves from y, with a step size in units of d_k, and of d_k^2 for `Langevin()`. That of an
+            adjusted kernel follows the acceptance of all levels: where an energy has grown so steep that walkers are
+            rejected they stay at y, and it grows steeper; low rates of learning keep it from that.
 
     Reference: Gao, Song, Poole, Wu and Kingma (2021).
     """
@@ -121,7 +122,7 @@ def recover(
             `energy.reference(levels[-1])`.
         num: of draws.
         base: as in `fit`.
-        dynamics: the moves at each level, with a step size in units of d_k that stays as it is.
+        dynamics: the moves at each level, in the units of `RecoveryLikelihood`; their step size stays as it is.
 
     Reference: Gao, Song, Poole, Wu and Kingma (2021).
     """
