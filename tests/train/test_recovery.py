@@ -120,8 +120,8 @@ def test_two_modes_are_learned():
     """And the weight of the first by draws, which is .3."""
     levels = ebm.noise_levels(0.2, 4.0, 8)
     energy = ebm.NoiseConditionalEnergy(jax.random.key(0), 1, levels, scale=1.8, width=32)
-    optimiser = optax.adam(optax.cosine_decay_schedule(5e-3, 600))
-    settings = {"num_steps": 600, "averaging": 0.99, "batch_size": 256, "progress_bar": False}
+    optimiser = optax.adam(optax.cosine_decay_schedule(5e-3, 500))
+    settings = {"num_steps": 500, "averaging": 0.99, "batch_size": 128, "progress_bar": False}
     objective = ebm.RecoveryLikelihood(levels)
     fitted = ebm.fit(jax.random.key(1), energy, two_modes(10_000), objective, optimiser=optimiser, **settings)
     test = two_modes(10_000, seed=1)
