@@ -11,9 +11,9 @@
                                                                                posterior of z
 
 So the record has log Z from below, `log_z_lower`, and the log-likelihood of the batch from above,
-`log_likelihood_upper`: the truth lies below it, and how far nobody says. A generator that leaves out a mode of the model
-has a bound too low by the mode's weight (and no more than that, while the energy there has nothing to raise it):
-reverse KL forgives it. `ebm_ppl.log_z` of the result says what log Z is.
+`log_likelihood_upper`: the truth lies below it, and how far nobody says, since a generator that leaves out modes of the
+model has lost little of its bound. `ebm_ppl.log_z` of the result says what log Z is. The slack is not harmless: the
+energy is trained against draws of q, not of p, and one that learns faster than its generator follows runs away.
 
 References:
     Dai, Liu, Dai, He, Gretton, Song and Schuurmans (2019), Exponential family estimation via adversarial dynamics

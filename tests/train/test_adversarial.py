@@ -20,8 +20,8 @@ NUM = 64
 
 
 def spline_flow(key, dim=1):
-    transformer = RationalQuadraticSpline(knots=16, interval=4)
-    settings = {"transformer": transformer, "flow_layers": 2, "nn_width": 16, "invert": False}
+    transformer = RationalQuadraticSpline(knots=12, interval=4)
+    settings = {"transformer": transformer, "flow_layers": dim, "nn_width": 16, "invert": False}
     return ebm.FlowGenerator(coupling_flow(key, base_dist=Normal(jnp.zeros(dim)), **settings))
 
 
@@ -63,8 +63,9 @@ def posterior(generator):
 
 
 def other(generator):
-    weight, bias = posterior(generator)
-    return 0.8 * weight, bias + 0.3
+    """With a slope and a width that are not those of the posterior."""
+    (weight, bias), which = posterior(generator), jnp.array([0.8, 0.8, 1.0, 1.0])
+    return which[:, None] * weight, which * bias + jnp.array([0.0, 0.0, 0.3, 0.3])
 
 
 def mean_and_error(values):
@@ -151,7 +152,7 @@ def test_the_gradient_of_a_flow_has_no_noise_at_the_density_itself():
     objective = ebm.Adversarial(flow)
     parameters, _ = objective.init(jax.random.key(0), density, jnp.zeros((4, 1)))
     slopes = jax.grad(lambda p: objective.loss(jax.random.key(1), density, p, (), jnp.zeros((4, 1)))[0])(parameters)
-    assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(slopes)) < 1e-10
+    np.testing.assert_allclose(jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(slopes)]), 0.0, atol=1e-10)
 
 
 def optimiser(of_energy, num):
@@ -176,7 +177,7 @@ def bound_of(generator, energy, base):
 
 def test_two_modes_are_learned_against_a_flow():
     """Within .03 nats of the best, with a bound that is tight."""
-    fitted, flow = trained("flow", 1500, 3e-3, two_modes(10_000), BASE)
+    fitted, flow = trained("flow", 1200, 3e-3, two_modes(10_000), BASE)
     test = two_modes(10_000, seed=1)
     gap = best_log_likelihood(test) - log_likelihood(fitted.energy, test)
     (lower, error), exact = bound_of(flow, fitted.energy, BASE), log_z(fitted.energy)
@@ -191,7 +192,7 @@ def test_the_bound_is_tight_in_two_dimensions():
     data = rng.normal(size=(5000, 2))
     data[:, 1] = 0.5 * data[:, 1] + 0.5 * (data[:, 0] ** 2 - 1)
     base = dist.Normal(0.0, 2.0).expand([2]).to_event(1)
-    fitted, flow = trained("flow", 800, 2e-3, data, base, dim=2)
+    fitted, flow = trained("flow", 500, 2e-3, data, base, dim=2)
     line = np.linspace(-9, 9, 361)
     grid = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
     exact = jax.nn.logsumexp(base.log_prob(grid) - jax.vmap(fitted.energy)(grid)) + 2 * np.log(line[1] - line[0])
@@ -201,8 +202,8 @@ def test_the_bound_is_tight_in_two_dimensions():
 
 
 def test_two_modes_are_learned_against_an_implicit_generator():
-    """Less well: its entropy is known from below alone, and modes that lie apart are what a normal encoder knows worst."""
-    fitted, generator = trained("implicit", 1500, 1e-3, two_modes(10_000), BASE)
+    """Less well: its entropy is known from below alone."""
+    fitted, generator = trained("implicit", 1200, 1e-3, two_modes(10_000), BASE)
     test = two_modes(10_000, seed=1)
     gap = best_log_likelihood(test) - log_likelihood(fitted.energy, test)
     (lower, error), exact = bound_of(generator, fitted.energy, BASE), log_z(fitted.energy)

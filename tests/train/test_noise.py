@@ -144,7 +144,9 @@ def test_the_energy_by_itself_is_that_of_the_smallest_level():
 
 def test_without_its_network_it_is_the_reference():
     energy = ebm.NoiseConditionalEnergy(jax.random.key(0), 2, LEVELS, scale=1.7)
-    plain = eqx.tree_at(lambda e: e.network, energy, jax.tree.map(lambda w: 0 * w if eqx.is_array(w) else w, energy.network))
+    plain = eqx.tree_at(
+        lambda e: e.network, energy, jax.tree.map(lambda w: 0 * w if eqx.is_array(w) else w, energy.network)
+    )
     x = np.random.default_rng(0).normal(size=(20, 2))
     for sigma in LEVELS:
         total = jax.vmap(plain.at(sigma))(x) + energy.reference(sigma).log_prob(x)
