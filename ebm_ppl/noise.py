@@ -98,7 +98,7 @@ class NoiseConditionalEnergy(Energy):
 
     def reference(self, sigma: float) -> dist.Distribution:
         """N(0, s^2 + sigma^2): about what data are at the widest level, where annealing starts."""
-        dim = self.network.layers[0].in_features - 1
+        dim = self.network.layers[0].weight.shape[1] - 1
         return dist.Normal(0.0, np.hypot(self.scale, sigma)).expand([dim]).to_event(1)
 
     def __call__(self, x: Array) -> Array:

@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from limits import t_limit
-from train_problems import GRID, best_log_likelihood, log_likelihood, two_modes
+from train_problems import best_log_likelihood, log_likelihood, two_modes
 
 import ebm_ppl as ebm
 from ebm_ppl.train.objective import Density
@@ -107,7 +107,6 @@ def test_two_modes_are_learned():
     fitted = ebm.fit(jax.random.key(1), energy, two_modes(10_000), objective, optimiser=optimiser, **settings)
     test = two_modes(10_000, seed=1)
     gap = best_log_likelihood(test) - log_likelihood(fitted.energy, test, LINE)
-    print(gap)
     assert gap < 0.1
 
 
@@ -126,7 +125,6 @@ def test_score_matching_is_blind_to_the_weights_of_modes_that_lie_apart():
     wide = ebm.DenoisingScoreMatching(ebm.noise_levels(0.1, 15.0, 8))
     seeing = ebm.fit(jax.random.key(0), start, data, wide, **settings).energy
     np.testing.assert_allclose(seeing.means, exact, atol=0.5)
-    print(jax.nn.sigmoid(seeing.logit), share, seeing.means)
     assert abs(jax.nn.sigmoid(seeing.logit) - share) < 0.03
 
 
@@ -162,9 +160,10 @@ def test_in_single_precision_too(run_in_float32):
         for objective in (ebm.DenoisingScoreMatching(levels), ebm.RecoveryLikelihood(levels)):
             fitted = ebm.fit(jax.random.key(1), energy, data, objective, num_steps=20, progress_bar=False)
             assert fitted.energy(jnp.ones(2)).dtype == jnp.float32
-        draws = ebm.anneal(jax.random.key(2), fitted.energy, levels, energy.reference(50.0), num=64)
+        given = jax.random.key(2), fitted.energy, levels, energy.reference(50.0)
+        draws = ebm.anneal(*given, num=64)
         assert draws.points.dtype == jnp.float32 and np.isfinite(draws.log_z)
-        assert np.all(np.isfinite(ebm.recover(jax.random.key(2), fitted.energy, levels, energy.reference(50.0), num=64)))
+        assert np.all(np.isfinite(ebm.recover(*given, num=64)))
     """)
 
 
@@ -196,7 +195,7 @@ def test_annealing_has_the_draws_and_log_z_of_the_smallest_level(kernel, resampl
 
 
 def test_weights_of_walkers_are_those_of_the_smallest_level():
-    """Where it has other weights than the wide ones, as after score matching, walkers bring theirs, and are weighted."""
+    """Where it has other weights than the wide ones, as after score matching, walkers bring theirs."""
 
     class Other(Modes):
         def at(self, sigma):
@@ -243,7 +242,7 @@ def test_other_settings_out_of_range_are_refused():
         ebm.noise_levels(0.1, 1.0, 1)
     with pytest.raises(ebm.EnergyError, match="scale"):
         ebm.NoiseConditionalEnergy(jax.random.key(0), 1, LEVELS, scale=0.0)
-    with pytest.raises(ebm.EnergyError, match="MALA.. or HMC"):
+    with pytest.raises(ebm.EnergyError, match=r"MALA.. or HMC"):
         ebm.anneal(jax.random.key(0), Modes(FAR, ODDS), LEVELS, LINE, dynamics=Dynamics())
     with pytest.raises(ebm.EnergyError, match="two levels at least"):
         ebm.RecoveryLikelihood((0.1,))
