@@ -1,6 +1,6 @@
 """Draws of a noise-conditional energy: weighted walkers go down the levels of noise, and carry log Z.
 
-    X ~ start, A = V_T(X)'s negative - log start(X)           normalised, about as wide as the widest level
+    X ~ start, A = -V_T(X) - log start(X)                        normalised, about as wide as the widest level
     at level k   resampled where weights have spread
                  a few moves that leave exp(-V_k) invariant
                  A <- A + V_k(X) - V_k-1(X)                    the next level, under the walkers
@@ -9,7 +9,8 @@
 This is annealed importance sampling whose path is the noise that the energy was trained with, where tempering would go
 through densities that it never saw. The walkers themselves follow the scores of all levels: they have crossed between
 modes where these were one. The weights follow the energies: where the smallest level has the modes' weights wrong, as
-score matching does, the weights are right about the energy, and so wrong about the data.
+score matching does, the weights are right about the energy, and so wrong about the data (`resample=0` has the walkers
+as they came). Z is unbiased but for the step size, which follows the walkers' own acceptance: of order 1/num.
 
 References:
     Song and Ermon (2019), Generative modeling by estimating gradients of the data distribution; Neal (2001), Annealed
@@ -46,7 +47,7 @@ class Annealed(NamedTuple):
     points: Array
     """(num, *event_shape)"""
     log_weight: Array
-    """A since they were last resampled, (num,): equal ones, all but, where the levels lie close."""
+    """A since they were last resampled, (num,)."""
     log_z: Array
     """Of `base(x) exp(-U(x))`, or of `exp(-U(x))` without a base."""
     accept_rate: Array

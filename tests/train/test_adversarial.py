@@ -181,7 +181,6 @@ def test_two_modes_are_learned_against_a_flow():
     test = two_modes(10_000, seed=1)
     gap = best_log_likelihood(test) - log_likelihood(fitted.energy, test)
     (lower, error), exact = bound_of(flow, fitted.energy, BASE), log_z(fitted.energy)
-    print(gap, exact - lower, error)
     assert gap < 0.03
     assert -t_limit(1, 19_999) * error < exact - lower < 0.02
 
@@ -197,7 +196,6 @@ def test_the_bound_is_tight_in_two_dimensions():
     grid = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
     exact = jax.nn.logsumexp(base.log_prob(grid) - jax.vmap(fitted.energy)(grid)) + 2 * np.log(line[1] - line[0])
     lower, error = bound_of(flow, fitted.energy, base)
-    print(exact - lower, error)
     assert -t_limit(1, 19_999) * error < exact - lower < 0.1
 
 
@@ -207,7 +205,6 @@ def test_two_modes_are_learned_against_an_implicit_generator():
     test = two_modes(10_000, seed=1)
     gap = best_log_likelihood(test) - log_likelihood(fitted.energy, test)
     (lower, error), exact = bound_of(generator, fitted.energy, BASE), log_z(fitted.energy)
-    print(gap, exact - lower, error)
     untrained = best_log_likelihood(test) - log_likelihood(ebm.MLPEnergy(jax.random.key(0), 1, width=32), test)
     assert gap < 0.5 * untrained
     assert exact - lower > -t_limit(1, 19_999) * error
