@@ -14,7 +14,7 @@ import ebm_ppl as ebm
 from ebm_ppl.train.objective import Density
 from ebm_ppl.train.walkers import Dynamics
 
-LEVELS = (0.2, 0.6, 1.2)
+LEVELS = (0.2, 1.0, 1.4)
 LINE = dist.Uniform(-15.0, 15.0).expand([1]).to_event(1)
 
 
@@ -42,7 +42,7 @@ class Bell(eqx.Module):
         return self.at(LEVELS[0])(x)
 
 
-QUARTIC = Quartic(jnp.array([-1.0, 0.02]))
+QUARTIC = Quartic(jnp.array([0.5, 0.05]))
 
 
 def exact_loss(energy, data):
@@ -64,7 +64,7 @@ def exact_loss(energy, data):
     return sum(map(of_level, LEVELS[:-1], LEVELS[1:])) / (len(LEVELS) - 1)
 
 
-KERNELS = {"MALA": Dynamics(ebm.MALA(), 100, 0.5), "HMC": Dynamics(ebm.HMC(), 15, 0.3)}
+KERNELS = {"MALA": Dynamics(ebm.MALA(), 100, 0.3), "HMC": Dynamics(ebm.HMC(), 15, 0.2)}
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -96,7 +96,7 @@ def test_with_a_base_all_levels_are_tilted():
         def loss(energy):
             return objective.loss(key, Density(energy, base, (1,)), (), jnp.asarray(0.1), batch)[0]
 
-        return jax.grad(loss)(Quartic(jnp.array([first, 0.15]))).weights
+        return jax.grad(loss)(Quartic(jnp.array([first, 0.05]))).weights
 
     np.testing.assert_allclose(gradient(1.0, None), gradient(0.75, base))
 
@@ -108,7 +108,7 @@ def test_the_chain_walked_down_has_the_density_of_the_data(name):
     start = dist.Normal(0.0, np.sqrt(2 + LEVELS[-1] ** 2 - LEVELS[0] ** 2)).expand([1]).to_event(1)
 
     def variance(key):
-        return jnp.mean(ebm.recover(key, energy, LEVELS, start, num=1000, dynamics=KERNELS[name]) ** 2)
+        return jnp.mean(ebm.recover(key, energy, LEVELS, start, num=2000, dynamics=KERNELS[name]) ** 2)
 
     found = np.asarray(jax.jit(jax.vmap(variance))(jax.random.split(jax.random.key(0), num)))
     score = (found.mean() - 2.0) / (found.std(ddof=1) / np.sqrt(num))
