@@ -28,17 +28,21 @@ from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
 from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.memory import memory
 from ebm_ppl.networks import ConvEnergy, ConvNetwork, JointEnergy, SpectralNorm
+from ebm_ppl.noise import NoiseConditionalEnergy, noise_levels
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_compare, plot_energies, plot_sequential_evidence, plot_smc
 from ebm_ppl.plots_energy import plot_energy_histograms, plot_landscape
 from ebm_ppl.sequential import evidence_between, sequential_evidence
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, target
+from ebm_ppl.train.adversarial import Adversarial, FlowGenerator, ImplicitGenerator
+from ebm_ppl.train.anneal import anneal
 from ebm_ppl.train.contrast import EnergyDiscrepancy, NoiseContrast
 from ebm_ppl.train.discrete import ConcreteScoreMatching, PseudoLikelihood, RatioMatching
 from ebm_ppl.train.fit import fit
 from ebm_ppl.train.jarzynski import Jarzynski
 from ebm_ppl.train.likelihood import ContrastiveDivergence, PersistentContrastiveDivergence
+from ebm_ppl.train.recovery import RecoveryLikelihood, recover
 from ebm_ppl.train.score import DenoisingScoreMatching, ScoreMatching
 from ebm_ppl.train.walkers import Dynamics
 from ebm_ppl.typing import (
@@ -65,6 +69,7 @@ __all__ = [
     "MCLMC",
     "NUTS",
     "SMC",
+    "Adversarial",
     "BlockGibbs",
     "BoltzmannEnergy",
     "Bridge",
@@ -85,9 +90,11 @@ __all__ = [
     "EnergyWarning",
     "FittedReference",
     "Flow",
+    "FlowGenerator",
     "FunctionEnergy",
     "Gibbs",
     "GibbsWithGradients",
+    "ImplicitGenerator",
     "IncomparableError",
     "Independence",
     "IntractablePartitionError",
@@ -99,6 +106,7 @@ __all__ = [
     "MLPEnergy",
     "NestedSampling",
     "NoReferenceError",
+    "NoiseConditionalEnergy",
     "NoiseContrast",
     "NonFiniteEnergyError",
     "OutOfMemoryError",
@@ -108,6 +116,7 @@ __all__ = [
     "QuadraticEnergy",
     "RBMEnergy",
     "RatioMatching",
+    "RecoveryLikelihood",
     "ScaledEnergy",
     "ScoreMatching",
     "SpectralNorm",
@@ -116,6 +125,7 @@ __all__ = [
     "Target",
     "TemperingStalledError",
     "ThermodynamicIntegration",
+    "anneal",
     "as_numpyro_kernel",
     "classifier_test",
     "compare",
@@ -132,6 +142,7 @@ __all__ = [
     "memory",
     "mmd_test",
     "mode_weights",
+    "noise_levels",
     "plot_compare",
     "plot_energies",
     "plot_energy_histograms",
@@ -141,6 +152,7 @@ __all__ = [
     "posterior_predictive",
     "prior_predictive",
     "read_log_z",
+    "recover",
     "sample",
     "sequential_evidence",
     "stein_test",

@@ -247,7 +247,7 @@ def _step(run: Run, given: Given) -> tuple[Run, Metrics]:
 
 def _cross_entropy(density: Density, batch: Array, labels: Array) -> tuple[Array, Metrics]:
     """Of the classifier that the energy is."""
-    logits = jax.vmap(lambda x: density.energy.logits(x.reshape(density.event_shape)))(batch)  # pyright: ignore
+    logits = jax.vmap(lambda x: density.energy.logits(x.reshape(density.event_shape)))(batch)
     value = jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
     accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels, dtype=batch.dtype)
     return value, {"cross_entropy": value, "accuracy": accuracy}

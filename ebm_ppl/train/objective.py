@@ -16,11 +16,14 @@ Where the gradient of log-likelihood is wanted,
     grad log p(data) = - E_data[grad U] + E_p[grad U]            loss = mean U(data) - mean U(negatives)
 
 whose value is no measure of progress: `is_comparable` says whether a loss of one step may be compared with another's.
+
+Of an energy that is conditional on a level of noise (`noise.py`), `density.at(sigma)` is that of noisy data; the base,
+where there is one, is tilted at every level: p(x, sigma) = base(x) exp(-U(x, sigma)) / Z(sigma).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -57,6 +60,16 @@ class Density(eqx.Module):
 
     def log_density(self, x: Array) -> Array:
         return -self.total(x)
+
+    def at(self, sigma: Array) -> Density:
+        """That of data with noise of standard deviation sigma."""
+        at: Any = getattr(self.energy, "at", None)
+        if at is None:
+            raise EnergyError(
+                f"{type(self.energy).__name__} has no levels of noise: many of them need an energy with a method "
+                "at(sigma) -> energy of one event, such as NoiseConditionalEnergy."
+            )
+        return Density(at(sigma), self.base, self.event_shape)
 
     def draw_base(self, key: PRNGKey, num: int) -> Array:
         """Draws of the base, shape (num, dim)."""
@@ -97,6 +110,16 @@ def log_prob(base: Any, x: Array) -> Array:
 def without_gradient(tree: Any) -> Any:
     """The same, as something that no gradient goes through."""
     return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_array(x) else x, tree)
+
+
+def require_levels(density: Density, levels: Sequence[float], data: Array) -> None:
+    """Refuses an energy that, by itself, is not that of the smallest level: training would pass it by."""
+    by_itself, at_smallest = density.tilt(data[0]), density.at(jnp.asarray(levels[0], data.dtype)).tilt(data[0])
+    if not np.allclose(by_itself, at_smallest, rtol=1e-4):
+        raise EnergyError(
+            f"By itself the energy is {float(by_itself)} at the first event, and {float(at_smallest)} at the smallest "
+            f"level of noise of the objective, {levels[0]}: give both the same levels."
+        )
 
 
 def energy_gap(density: Density, data: Array, negatives: Array, weights: Array | None = None) -> tuple[Array, Array]:

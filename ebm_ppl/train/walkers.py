@@ -16,7 +16,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import equinox as eqx
 import jax
@@ -26,11 +26,17 @@ from ebm_ppl.kernels import HMC, MALA, Kernel, Langevin, Tuning
 from ebm_ppl.lattice.energy import check_states
 from ebm_ppl.lattice.gibbs import BlockGibbs, Lattice
 from ebm_ppl.scale import DiagonalScale
-from ebm_ppl.train.objective import Density, without_gradient
-from ebm_ppl.typing import Array, EnergyError, PRNGKey
+from ebm_ppl.train.objective import without_gradient
+from ebm_ppl.typing import Array, ArrayLike, EnergyError, PRNGKey
 
 LEARNING = 0.1
 """Change of the log step size by an acceptance that is off by one."""
+
+
+class Walked(Protocol):
+    """What walkers move by."""
+
+    def log_density(self, x: Array, /) -> Array: ...
 
 
 class Dynamics(eqx.Module):
@@ -51,9 +57,12 @@ class Dynamics(eqx.Module):
         if self.num_moves < 1 or not self.step_size > 0:
             raise EnergyError(f"num_moves is 1 at least and step_size positive; got {self}.")
 
-    def kernel_for(self, density: Density) -> Kernel:
+    def kernel_for(self, density: Walked) -> Kernel:
         """The kernel that moves points towards a density: block Gibbs alone looks into its energy."""
-        return self.kernel.kernel(density.energy) if isinstance(self.kernel, BlockGibbs) else self.kernel.kernel()
+        if isinstance(self.kernel, BlockGibbs):
+            energy: Any = getattr(density, "energy", density)
+            return self.kernel.kernel(energy)
+        return self.kernel.kernel()
 
     def check_start(self, points: Array) -> None:
         """Refuses points that a kernel of discrete states would make nonsense of, where they are known."""
@@ -61,14 +70,21 @@ class Dynamics(eqx.Module):
             check_states(points, self.kernel.num_states, f"Walkers of {self.kernel.name}")
 
 
-def walk(key: PRNGKey, points: Array, density: Density, dynamics: Dynamics, step_size: Array) -> tuple[Array, Array]:
+def walk(
+    key: PRNGKey, points: Array, density: Walked, dynamics: Dynamics, step_size: Array, unit: ArrayLike = 1.0
+) -> tuple[Array, Array]:
     """The points after `num_moves` moves, shape (num, dim), and the mean acceptance rate.
 
     What the walkers do has no gradient in the parameters of the energy.
+
+    Args:
+        unit: of length: the moves are those of step size `step_size` in coordinates x / unit.
     """
     density = without_gradient(density)
     kernel = dynamics.kernel_for(density)
-    tuning = Tuning(step_size, DiagonalScale(jnp.ones_like(points[0])))
+    if isinstance(dynamics.kernel, Langevin):  # whose step size is a variance, and whose metric is fixed
+        step_size = step_size * jnp.square(unit)
+    tuning = Tuning(step_size, DiagonalScale(jnp.full_like(points[0], unit)))
     states = jax.vmap(lambda x: kernel.init(x, density.log_density))(points)
 
     def move(states: Any, key: PRNGKey) -> tuple[Any, Array]:
