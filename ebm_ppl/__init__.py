@@ -41,6 +41,7 @@ from ebm_ppl.train.contrast import EnergyDiscrepancy, NoiseContrast
 from ebm_ppl.train.discrete import ConcreteScoreMatching, PseudoLikelihood, RatioMatching
 from ebm_ppl.train.fit import fit
 from ebm_ppl.train.jarzynski import Jarzynski
+from ebm_ppl.train.latent import FittedLatent, fit_latent
 from ebm_ppl.train.likelihood import ContrastiveDivergence, PersistentContrastiveDivergence
 from ebm_ppl.train.recovery import RecoveryLikelihood, recover
 from ebm_ppl.train.score import DenoisingScoreMatching, ScoreMatching
@@ -88,6 +89,7 @@ __all__ = [
     "EnergyError",
     "EnergyShapeError",
     "EnergyWarning",
+    "FittedLatent",
     "FittedReference",
     "Flow",
     "FlowGenerator",
@@ -135,6 +137,7 @@ __all__ = [
     "evaluate",
     "evidence_between",
     "fit",
+    "fit_latent",
     "holm",
     "log_z",
     "log_z_stream",

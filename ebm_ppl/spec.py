@@ -50,6 +50,10 @@ class Spec:
     roles: tuple[tuple[str, Role], ...]
     """Name and role of each energy, prior energies first."""
     observed: tuple[str, ...]
+    params: tuple[str, ...]
+    """`numpyro.param` sites."""
+    subsampled: tuple[str, ...]
+    """Plates with a fixed part of their elements."""
     discrete: tuple[str, ...]
     """Discrete latent sites, summed out by enumeration."""
     intervals: frozenset[str]
@@ -138,6 +142,8 @@ def _describe(recorded: Trace) -> dict[str, Any]:
     """The static facts of one trace."""
     _check_names(recorded)
     latents, discrete, observed, dims = [], [], [], {}
+    params = [name for name, site in recorded.items() if site["type"] == "param"]
+    subsampled = [name for name, site in recorded.items() if site["type"] == "plate" and _is_subsampled(site)]
     roles: list[tuple[str, Role]] = []
     normalized, intervals, ignored, no_reference, unknown_constant, partitions = set(), set(), [], [], [], []
     for name, site in recorded.items():
@@ -185,6 +191,8 @@ def _describe(recorded: Trace) -> dict[str, Any]:
         "latent_names": tuple(latents),
         "discrete": tuple(discrete),
         "observed": tuple(observed),
+        "params": tuple(params),
+        "subsampled": tuple(subsampled),
         "roles": tuple(roles),
         "dims": tuple(dims.items()),
         "plate_depth": _guess_max_plate_nesting(recorded),

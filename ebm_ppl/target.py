@@ -23,6 +23,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.util import is_identically_one
 from numpyro.handlers import seed, substitute, trace, uncondition
 from numpyro.infer.initialization import init_to_uniform
@@ -232,6 +233,21 @@ class Target(eqx.Module):
         model = substitute(seed(self._prepared(), jax.random.key(0)), substitute_fn=init_to_uniform)
         recorded = self._recorded(model)
         return {name: (recorded[name]["value"], _weights(recorded[name])) for name in self.spec.observed}
+
+    def parameters(self) -> dict[str, Any]:
+        """Values of the `numpyro.param`s, at which the model is held."""
+        return {name: self.constants[name] for name in self.spec.params}
+
+    def with_parameters(self, values: dict[str, Any]) -> Target:
+        """The same model held at other values of them."""
+        return dataclasses.replace(self, constants=self.constants | values)
+
+    def parameter_bijections(self) -> dict[str, Any]:
+        """NumPyro's transform of each `numpyro.param`, from unconstrained space to what its constraint allows."""
+        model = substitute(seed(self._prepared(), jax.random.key(0)), substitute_fn=init_to_uniform)
+        recorded = self._recorded(model)
+        given = {name: recorded[name]["kwargs"].get("constraint", constraints.real) for name in self.spec.params}
+        return {name: biject_to(constraint) for name, constraint in given.items()}
 
     def unravel(self, z: Array) -> dict[str, Array]:
         """The flat vector as a dictionary of unconstrained sites."""

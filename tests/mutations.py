@@ -41,6 +41,9 @@ def _smc(problem: str) -> str:
     return f"test_smc.py::test_evidence_and_particles[{problem}]"
 
 
+_LATENT = "test_latent.py::test_log_p_is_unbiased_and_its_gradient_right_while_the_parameters_move"
+
+
 MUTATIONS = (
     Mutation(
         "sign of the log determinant of a normalising flow",
@@ -682,8 +685,8 @@ MUTATIONS = (
     Mutation(
         "Jarzynski's weights without the energy before",
         "train/jarzynski.py",
-        "return Population(points, log_weight + left, population.log_z + increment, before), accepted",
-        "return Population(points, log_weight, population.log_z + increment, before), accepted",
+        "log_weight = population.log_weight + jax.vmap(self._left(density))(before, points)",
+        "log_weight = population.log_weight",
         ("train/test_objectives.py::test_log_z_of_the_witness_is_unbiased_while_the_energy_moves[MALA]",),
     ),
     Mutation(
@@ -699,16 +702,51 @@ MUTATIONS = (
     Mutation(
         "the gradient of Jarzynski's walkers without their weights",
         "train/jarzynski.py",
-        "energy_gap(density, batch, driver.points, jax.nn.softmax(driver.log_weight))",
-        "energy_gap(density, batch, driver.points)",
+        "energy_gap(density, batch, state.driver.points, state.driver.weights)",
+        "energy_gap(density, batch, state.driver.points)",
         ("train/test_objectives.py::test_gradient_is_that_of_the_likelihood[jarzynski, unadjusted]",),
     ),
     Mutation(
         "log Z of a resampled population forgotten",
         "train/jarzynski.py",
-        "jnp.where(spread, logsumexp(log_weight) - jnp.log(num), 0.0)",
-        "jnp.where(spread, 0.0, 0.0)",
+        "log_z=population.log_z + population.log_mean,",
+        "log_z=population.log_z,",
         ("train/test_objectives.py::test_log_z_of_the_witness_is_unbiased_while_the_energy_moves[resampled]",),
+    ),
+    Mutation(
+        "the witness of Jarzynski's walkers moves by the driver's key",
+        "train/jarzynski.py",
+        "zip(jax.random.split(key), (state.driver, state.witness), strict=True)",
+        "zip((key, key), (state.driver, state.witness), strict=True)",
+        ("train/test_latent.py::test_driver_and_witness_have_noise_of_their_own",),
+    ),
+    Mutation(
+        "the standard error of Jarzynski's log Z without the families of the walkers",
+        "train/jarzynski.py",
+        "influence=population.influence_now(),",
+        "influence=population.influence,",
+        (f"train/{_LATENT}[resampled]",),
+    ),
+    Mutation(
+        "the gradient of the marginal likelihood without the weights of the walkers",
+        "train/latent.py",
+        "jax.lax.stop_gradient(state.driver.weights) @",
+        "jnp.full(self.num_walkers, 1 / self.num_walkers) @",
+        (f"train/{_LATENT}[adjusted]",),
+    ),
+    Mutation(
+        "the sign of the marginal likelihood",
+        "train/latent.py",
+        "loss = energy - jax.lax.stop_gradient(energy + told",
+        "loss = -energy - jax.lax.stop_gradient(-energy + told",
+        (f"train/{_LATENT}[adjusted]",),
+    ),
+    Mutation(
+        "log p(y) at the first parameters forgotten",
+        "train/latent.py",
+        "points.dtype), objective.log_z)",
+        "points.dtype), jnp.zeros(2))",
+        (f"train/{_LATENT}[adjusted]",),
     ),
     Mutation(
         "the sign of the gap of energies",

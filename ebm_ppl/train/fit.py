@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import optax
+from paramax import NonTrainable
 
 from ebm_ppl import checkpoint as files
 from ebm_ppl.networks import JointEnergy
@@ -92,7 +93,8 @@ def fit(
     """Trains an energy on data: `p(x) = base(x) exp(-U(x)) / Z`, with the parameters of U moved.
 
     Args:
-        energy: U, a callable on one event that is a pytree with floating-point arrays: an `equinox.Module`.
+        energy: U, a callable on one event that is a pytree with floating-point arrays: an `equinox.Module`. What is
+            in a `paramax.NonTrainable` stays as it is.
         data: observed events, shape (num, *event_shape).
         objective: `ScoreMatching()`, `NoiseContrast()`, `ContrastiveDivergence()`, `Jarzynski()`, ...
         base: a normalised distribution of events, whose parameters stay as they are; without one the density is
@@ -131,7 +133,7 @@ def fit(
     _check_judgement(judged, points.shape[1], patience, objective)
     density = Density(energy, base, event_shape)
     classes = None if labels is None else _classes(labels, density, points)
-    trainable, fixed = eqx.partition(energy, eqx.is_inexact_array)
+    trainable, fixed = eqx.partition(energy, eqx.is_inexact_array, is_leaf=lambda x: isinstance(x, NonTrainable))
     if not jax.tree.leaves(trainable):
         raise EnergyError("The energy has no floating-point arrays to train: it is a pytree of them, MLPEnergy, say.")
     _check_events(density, points)
@@ -146,13 +148,13 @@ def fit(
         base=base,
         event_shape=event_shape,
         objective=objective,
-        optimiser=_adam() if optimiser is None else optimiser,
+        optimiser=adam() if optimiser is None else optimiser,
         batch_size=min(batch_size, len(points)),
         averaging=averaging,
     )
     trained = trainable, parameters
     run = Run(jnp.zeros((), int), trained, trainable, given.optimiser.init(trained), state, jnp.arange(len(points)))
-    done = Done(run, trainable, _no_record(run, given, 0, 0))
+    done = Done(run, trainable, Record({}, np.zeros(0)))
     settings = _settings(given, every)
     if checkpoint is not None and Path(checkpoint).exists():
         done = _read(checkpoint, done, given, settings)
@@ -191,9 +193,9 @@ class Given(eqx.Module):
 
 
 @functools.cache
-def _adam() -> optax.GradientTransformation:
+def adam(rate: float = RATE) -> optax.GradientTransformation:
     """One for all runs, so that a program compiled for one serves them all."""
-    return optax.adam(RATE)
+    return optax.adam(rate)
 
 
 def _go_on(done: Done, given: Given, num: int, judged: Array | None) -> Done:
@@ -281,7 +283,8 @@ class Record(NamedTuple):
         return len(self.held_out) - 1 - int(np.argmin(self.held_out)) if len(self.held_out) else 0
 
     def with_steps(self, metrics: dict[str, np.ndarray]) -> Record:
-        return self._replace(metrics={name: np.append(x, metrics[name]) for name, x in self.metrics.items()})
+        before = self.metrics or {name: x[:0] for name, x in metrics.items()}
+        return self._replace(metrics={name: np.append(before[name], x) for name, x in metrics.items()})
 
     def with_judgement(self, loss: float) -> Record:
         return self._replace(held_out=np.append(self.held_out, loss))
@@ -307,8 +310,8 @@ class Done(NamedTuple):
     record: Record
 
 
-def _no_record(run: Run, given: Given, num_steps: int, num_judgements: int) -> Record:
-    """A record without numbers, of so many steps."""
+def _record_like(run: Run, given: Given, num_steps: int, num_judgements: int) -> Record:
+    """A record of so many steps, whose numbers mean nothing."""
     _, metrics = eqx.filter_eval_shape(_step, run, given)
     return Record({name: np.zeros(num_steps, x.dtype) for name, x in metrics.items()}, np.zeros(num_judgements))
 
@@ -317,7 +320,7 @@ def _read(path: str | Path, done: Done, given: Given, settings: dict[str, Any]) 
     """What another process had done."""
 
     def like(told: dict[str, Any]) -> Done:
-        return done._replace(record=_no_record(done.run, given, told.get("steps", 0), told.get("judgements", 0)))
+        return done._replace(record=_record_like(done.run, given, told.get("steps", 0), told.get("judgements", 0)))
 
     return files.load(path, like, settings)
 

@@ -13,9 +13,13 @@ Weights spread; where their effective number falls below a share of the walkers 
 drives the training has a log Z with a bias of order 1/N, since parameters follow the noise of its weights. A second
 one, which moves by the same energies with keys of its own and has no say in them, has E[e^A] = Z exactly.
 
+The standard error of its log Z comes from the families of walkers that descend from the same first one, as in
+`weighing.py`.
+
 References:
     Carbone, Hua, Coste and Vanden-Eijnden (2023), Efficient training of energy-based models using Jarzynski equality;
-    Jarzynski (1997), Nonequilibrium equality for free energy differences; Neal (2001), Annealed importance sampling.
+    Jarzynski (1997), Nonequilibrium equality for free energy differences; Neal (2001), Annealed importance sampling;
+    Lee and Whiteley (2018), Variance estimation in the particle filter.
 """
 
 from __future__ import annotations
@@ -45,6 +49,35 @@ class Population(NamedTuple):
     """Of the means of weights that resampling has set to one."""
     before: Array
     """Where the last move of the unadjusted kernel began, (num, dim)."""
+    family: Array
+    """Index of the first walker from which each descends, (num,)."""
+    influence: Array
+    """Of each family on log Z, by resampling, (num,)."""
+
+    @property
+    def weights(self) -> Array:
+        """Adding up to one, (num,)."""
+        return jax.nn.softmax(self.log_weight)
+
+    @property
+    def log_mean(self) -> Array:
+        """Of the weights that are not in log Z yet."""
+        return logsumexp(self.log_weight) - jnp.log(len(self.log_weight))
+
+    @property
+    def ess(self) -> Array:
+        """Effective share of the walkers."""
+        return jnp.exp(log_ess(self.log_weight)) / len(self.log_weight)
+
+    def influence_now(self) -> Array:
+        """With that of the weights as they are."""
+        return self.influence.at[self.family].add(self.weights - 1 / len(self.points))
+
+    def std_error(self) -> Array:
+        """Of log Z with the weights as they are."""
+        share = jnp.zeros_like(self.influence).at[self.family].add(self.weights)
+        left = jnp.maximum(1 - jnp.sum(share**2), jnp.finfo(share.dtype).tiny)
+        return jnp.sqrt(jnp.sum(self.influence_now() ** 2) / left)
 
 
 class State(NamedTuple):
@@ -56,24 +89,18 @@ class State(NamedTuple):
     """By the acceptance of the driver alone: the witness has no say in what it moves by, so that its Z is unbiased."""
 
 
-class Jarzynski(Objective):
-    """Maximum likelihood by walkers with Jarzynski weights, and log Z on the way.
-
-    The record has `log_z`, relative to the base, by the second population (`log_z_of_driver` by the first), and the
-    effective share of the walkers of both.
+class WeightedWalkers(Objective):
+    """What objectives that follow an energy with weighted walkers share: a step weighs, learns and moves.
 
     Args:
-        num_walkers: in each of the two populations; they start as draws of the base.
+        num_walkers: in each of the two populations.
         resample: effective share of the walkers below which they are resampled.
         dynamics: the moves of a step; one where the kernel is `Langevin()`.
-
-    Reference: Carbone, Hua, Coste and Vanden-Eijnden (2023).
     """
 
     num_walkers: int = 1024
     resample: float = 0.5
     dynamics: Dynamics = Dynamics(num_moves=1)
-    name = "Jarzynski"
     is_comparable = False
 
     def __check_init__(self):
@@ -85,44 +112,45 @@ class Jarzynski(Objective):
                 f"step (got {self.dynamics.num_moves}), or an adjusted kernel."
             )
 
-    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
-        if density.base is None:
-            raise EnergyError("Jarzynski starts from draws of a normalised base: pass base=... to fit.")
+    def start(self, density: Density, points: Array, log_weight: Array, log_z: Array) -> State:
+        """Before the first step, where the driver stands at the first half of the points, the witness at the rest.
 
-        def population(key: PRNGKey) -> Population:
-            points = density.draw_base(key, self.num_walkers).astype(data.dtype)
-            self.dynamics.check_start(points)
-            tilted = -jax.vmap(density.tilt)(points)
-            # The first step takes off what a move would have had to leave, and there has been none.
-            log_weight = tilted + jax.vmap(self._left(density))(points, points)
-            return Population(points, log_weight, jnp.zeros((), data.dtype), points)
+        Args:
+            points: shape (2 num_walkers, dim).
+            log_weight: of the points, (2 num_walkers,).
+            log_z: of both populations, to which the means of their weights are added, (2,).
+        """
+        # The first step takes off what a move would have had to leave, and there has been none.
+        log_weight = log_weight + jax.vmap(self._left(density))(points, points)
+        places, zeros = jnp.arange(self.num_walkers), jnp.zeros(self.num_walkers, points.dtype)
 
-        driver, witness = map(population, jax.random.split(key))
-        return (), State(driver, witness, jnp.asarray(self.dynamics.step_size, data.dtype))
+        def population(points: Array, log_weight: Array, log_z: Array) -> Population:
+            return Population(points, log_weight, log_z.astype(points.dtype), points, places, zeros)
 
-    def loss(
-        self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
-    ) -> tuple[Array, tuple[Any, Metrics]]:
-        fixed = without_gradient(density)
-        driver, witness = (self._weighed(population, fixed) for population in (state.driver, state.witness))
-        loss, gap = energy_gap(density, batch, driver.points, jax.nn.softmax(driver.log_weight))
-        log_z = [each.log_z + logsumexp(each.log_weight) - jnp.log(self.num_walkers) for each in (driver, witness)]
-        ess = [jnp.exp(log_ess(each.log_weight)) / self.num_walkers for each in (driver, witness)]
-        keys = jax.random.split(key)
-        (driver, accepted), (witness, _) = (
-            self._moved(key, each, fixed, state.step_size) for key, each in zip(keys, (driver, witness), strict=True)
-        )
+        halves = zip(jnp.split(points, 2), jnp.split(log_weight, 2), log_z, strict=True)
+        driver, witness = (population(*half) for half in halves)
+        return State(driver, witness, jnp.asarray(self.dynamics.step_size, points.dtype))
+
+    def weighed(self, state: State, density: Density) -> tuple[State, Metrics]:
+        """With the weights that the walkers have under another energy, and what these say."""
+        driver, witness = (self._weighed(each, density) for each in (state.driver, state.witness))
         metrics = {
-            "energy_gap": gap,
-            "accept_rate": accepted,
-            "step_size": state.step_size,
-            "log_z": log_z[1],
-            "log_z_of_driver": log_z[0],
-            "ess": ess[1],
-            "ess_of_driver": ess[0],
-            "log_likelihood": -jnp.mean(jax.vmap(fixed.total)(batch)) - log_z[1],
+            "log_z": witness.log_z + witness.log_mean,
+            "log_z_std_error": witness.std_error(),
+            "log_z_of_driver": driver.log_z + driver.log_mean,
+            "ess": witness.ess,
+            "ess_of_driver": driver.ess,
         }
-        return loss, (State(driver, witness, next_step_size(state.step_size, accepted, self.dynamics)), metrics)
+        return State(driver, witness, state.step_size), metrics
+
+    def moved(self, key: PRNGKey, state: State, density: Density) -> tuple[State, Metrics]:
+        """Weighted walkers after the moves of a step."""
+        populations = zip(jax.random.split(key), (state.driver, state.witness), strict=True)
+        (driver, accepted), (witness, _) = (
+            self._moved(key, each, density, state.step_size) for key, each in populations
+        )
+        metrics = {"accept_rate": accepted, "step_size": state.step_size}
+        return State(driver, witness, next_step_size(state.step_size, accepted, self.dynamics)), metrics
 
     def _left(self, density: Density) -> Any:
         """`a(x, y)`: what a move from x to y leaves in the weights, where the energy is that of the density."""
@@ -145,13 +173,52 @@ class Jarzynski(Objective):
     ) -> tuple[Population, Array]:
         """Resampled where the weights have spread, moved, with the weights that the moves leave."""
         key_resample, key_walk = jax.random.split(key)
-        num, log_weight = self.num_walkers, population.log_weight
-        spread = jnp.exp(log_ess(log_weight)) < self.resample * num
-        ancestors = systematic(key_resample, jax.nn.softmax(log_weight), num)
-        start = jnp.where(spread, population.points[ancestors], population.points)
-        increment = jnp.where(spread, logsumexp(log_weight) - jnp.log(num), 0.0)
-        log_weight = jnp.where(spread, jnp.zeros_like(log_weight), log_weight)
+        ancestors = systematic(key_resample, population.weights, self.num_walkers)
+        resampled = population._replace(
+            points=population.points[ancestors],
+            log_weight=jnp.zeros_like(population.log_weight),
+            log_z=population.log_z + population.log_mean,
+            family=population.family[ancestors],
+            influence=population.influence_now(),
+        )
+        spread = population.ess < self.resample
+        population = jax.tree.map(lambda new, old: jnp.where(spread, new, old), resampled, population)
+        start = population.points
         points, accepted = walk(key_walk, start, density, self.dynamics, step_size)
         before = start if isinstance(self.dynamics.kernel, Langevin) else points
-        left = jax.vmap(self._left(density))(before, points)
-        return Population(points, log_weight + left, population.log_z + increment, before), accepted
+        log_weight = population.log_weight + jax.vmap(self._left(density))(before, points)
+        return population._replace(points=points, log_weight=log_weight, before=before), accepted
+
+
+class Jarzynski(WeightedWalkers):
+    """Maximum likelihood by walkers with Jarzynski weights, and log Z on the way.
+
+    The record has `log_z` and its standard error, relative to the base, by the second population (`log_z_of_driver` by
+    the first), and the effective share of the walkers of both.
+
+    Args:
+        num_walkers: in each of the two populations; they start as draws of the base.
+        resample: effective share of the walkers below which they are resampled.
+        dynamics: the moves of a step; one where the kernel is `Langevin()`.
+
+    Reference: Carbone, Hua, Coste and Vanden-Eijnden (2023).
+    """
+
+    name = "Jarzynski"
+
+    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
+        if density.base is None:
+            raise EnergyError("Jarzynski starts from draws of a normalised base: pass base=... to fit.")
+        points = density.draw_base(key, 2 * self.num_walkers).astype(data.dtype)
+        self.dynamics.check_start(points)
+        return (), self.start(density, points, -jax.vmap(density.tilt)(points), jnp.zeros(2))
+
+    def loss(
+        self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
+    ) -> tuple[Array, tuple[Any, Metrics]]:
+        fixed = without_gradient(density)
+        state, told = self.weighed(state, fixed)
+        loss, gap = energy_gap(density, batch, state.driver.points, state.driver.weights)
+        log_likelihood = -jnp.mean(jax.vmap(fixed.total)(batch)) - told["log_z"]
+        state, of_moves = self.moved(key, state, fixed)
+        return loss, (state, {"energy_gap": gap, **of_moves, **told, "log_likelihood": log_likelihood})
