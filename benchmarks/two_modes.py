@@ -75,6 +75,10 @@ METHODS: dict[str, Callable[[int, int], tuple[object, optax.GradientTransformati
     "contrastive divergence, gradient descent": lambda n, t: (ebm.ContrastiveDivergence(DYNAMICS), slowly(t)),
     "contrastive divergence, Adam": lambda n, t: (ebm.ContrastiveDivergence(DYNAMICS), optax.adam(0.01)),
     "persistent": lambda n, t: (ebm.PersistentContrastiveDivergence(n, dynamics=DYNAMICS), slowly(t)),
+    "persistent, at a constant rate": lambda n, t: (
+        ebm.PersistentContrastiveDivergence(n, dynamics=DYNAMICS),
+        optax.sgd(0.006),
+    ),
     "Jarzynski": lambda n, t: (ebm.Jarzynski(n, dynamics=DYNAMICS), slowly(t)),
 }
 

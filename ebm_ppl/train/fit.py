@@ -30,9 +30,10 @@ import optax
 from paramax import NonTrainable
 
 from ebm_ppl import checkpoint as files
-from ebm_ppl.networks import JointEnergy
-from ebm_ppl.train.objective import Density, Metrics, Objective, check_base, flat
-from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, NonFiniteEnergyError, PRNGKey, as_key
+from ebm_ppl.train.checks import as_classes, check_events, check_finite, check_judgement, warn_of_gap
+from ebm_ppl.train.objective import Density, Metrics, Objective, flat
+from ebm_ppl.train.record import Record
+from ebm_ppl.typing import Array, ArrayLike, EnergyError, NonFiniteEnergyError, PRNGKey, as_key
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -130,13 +131,13 @@ def fit(
             raise EnergyError(f"{name} is 1 at least; got {number}.")
     if not 0 <= averaging < 1:
         raise EnergyError(f"averaging is a decay from 0 to 1, exclusive; got {averaging}.")
-    _check_judgement(judged, points.shape[1], patience, objective)
+    check_judgement(judged, points.shape[1], patience, objective)
     density = Density(energy, base, event_shape)
-    classes = None if labels is None else _classes(labels, density, points)
+    classes = None if labels is None else as_classes(labels, density, points)
     trainable, fixed = eqx.partition(energy, eqx.is_inexact_array, is_leaf=lambda x: isinstance(x, NonTrainable))
     if not jax.tree.leaves(trainable):
         raise EnergyError("The energy has no floating-point arrays to train: it is a pytree of them, MLPEnergy, say.")
-    _check_events(density, points)
+    check_events(density, points)
     for each in (points,) if judged is None else (points, judged):
         objective.check(each)
     parameters, state = objective.init(jax.random.fold_in(key, INIT), density, points)
@@ -165,6 +166,7 @@ def fit(
                 files.save(checkpoint, done, settings | done.record.lengths)
             bar.update(int(done.run.step) - bar.n)
             bar.set_postfix_str(f"loss {done.record.metrics['loss'][-1]:.4g}")
+    warn_of_gap(done.record.metrics, points.shape[1], objective)
     attrs = {"objective": objective.name, "batch_size": given.batch_size, "settings": repr(objective)}
     record = done.record.as_datatree(every, attrs)
     return Fitted(eqx.combine(done.best, fixed), record, done.run.state, done.run.trained[1])
@@ -202,7 +204,7 @@ def _go_on(done: Done, given: Given, num: int, judged: Array | None) -> Done:
     """So many steps more, and a judgement where there are points to judge."""
     run, metrics = _steps(done.run, given, num)
     metrics = jax.device_get(metrics)
-    _check_finite(metrics, int(done.run.step), given.objective)
+    check_finite(metrics, int(done.run.step), given.objective)
     record = done.record.with_steps(metrics)
     if judged is None:
         return Done(run, run.average, record)
@@ -262,43 +264,7 @@ def _judge(run: Run, given: Given, points: Array) -> Array:
     return given.objective.loss(key, given.density(run.average), run.trained[1], run.state, points)[0]
 
 
-# The record
-
-
-class Record(NamedTuple):
-    """What the steps so far have told."""
-
-    metrics: dict[str, np.ndarray]
-    """Of each step, (step,)."""
-    held_out: np.ndarray
-    """Loss at points that are not trained on, (judgement,)."""
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        return {"steps": len(self.metrics["loss"]), "judgements": len(self.held_out)}
-
-    @property
-    def waited(self) -> int:
-        """Judgements since the best."""
-        return len(self.held_out) - 1 - int(np.argmin(self.held_out)) if len(self.held_out) else 0
-
-    def with_steps(self, metrics: dict[str, np.ndarray]) -> Record:
-        before = self.metrics or {name: x[:0] for name, x in metrics.items()}
-        return self._replace(metrics={name: np.append(before[name], x) for name, x in metrics.items()})
-
-    def with_judgement(self, loss: float) -> Record:
-        return self._replace(held_out=np.append(self.held_out, loss))
-
-    def as_datatree(self, every: int, attrs: dict[str, Any]) -> xr.DataTree:
-        import xarray as xr
-
-        num = len(self.metrics["loss"])
-        steps = np.arange(1, num + 1)
-        groups = {"training": xr.Dataset({k: ("step", x) for k, x in self.metrics.items()}, {"step": steps}, attrs)}
-        if len(self.held_out):
-            judged = np.minimum(np.arange(1, len(self.held_out) + 1) * every, num)
-            groups["held_out"] = xr.Dataset({"loss": ("step", self.held_out)}, {"step": judged}, attrs)
-        return xr.DataTree.from_dict(groups)
+# What a checkpoint holds
 
 
 class Done(NamedTuple):
@@ -340,79 +306,6 @@ def _settings(given: Given, every: int) -> dict[str, Any]:
 
 def _digest(array: Array) -> str:
     return hashlib.sha256(np.asarray(array).tobytes()).hexdigest()[:16]
-
-
-# Checks
-
-
-def _classes(labels: ArrayLike, density: Density, points: Array) -> Array:
-    """The class of each event, as integers."""
-    if not isinstance(density.energy, JointEnergy):
-        raise EnergyError("labels are for a classifier that is read as an energy: wrap it as JointEnergy(classifier).")
-    labels = np.asarray(labels)
-    if labels.shape != (len(points),) or not np.issubdtype(labels.dtype, np.integer):
-        raise EnergyShapeError(
-            f"labels have shape {labels.shape} and dtype {labels.dtype}; they are one integer for each of the "
-            f"{len(points)} events of the data."
-        )
-    logits = jax.eval_shape(density.energy.logits, jax.ShapeDtypeStruct(density.event_shape, points.dtype))
-    if len(logits.shape) != 1 or labels.min() < 0 or labels.max() >= logits.shape[0]:
-        raise EnergyShapeError(
-            f"labels go from {labels.min()} to {labels.max()}; the classifier's logits have shape {logits.shape}, one "
-            "for each class from 0."
-        )
-    return jnp.asarray(labels)
-
-
-def _check_judgement(judged: Array | None, dim: int, patience: int | None, objective: Objective) -> None:
-    if patience is not None and (judged is None or patience < 1):
-        raise EnergyError("patience is a number of judgements, 1 at least, of points to judge: pass held_out=...")
-    if judged is not None and not objective.is_comparable:
-        raise EnergyError(
-            f"The loss of {objective.name} of one step cannot be compared with another's, so that it judges nothing "
-            "held out: leave held_out and patience away."
-        )
-    if judged is not None and judged.shape[1] != dim:
-        raise EnergyShapeError(f"held_out has events of {judged.shape[1]} numbers, data of {dim}.")
-
-
-def _check_events(density: Density, points: Array) -> None:
-    """The energy of one event is one number, and the base one of such events."""
-    check_base(density, "data")
-    if density.base is not None:
-        inside: Any = density.base.support(points.reshape(-1, *density.event_shape))  # pyright: ignore
-        if not np.all(inside):
-            raise EnergyError(
-                f"{np.sum(~inside)} of {len(points)} events of the data lie outside of the base's support, the first "
-                f"at {np.argmin(inside)}: take a wider base."
-            )
-    energies = _energies(density, points[:1000])
-    if bad := int(np.sum(~np.isfinite(energies))):
-        at = int(np.argmax(~np.isfinite(energies)))
-        raise NonFiniteEnergyError(
-            f"The energy is not finite at {bad} of the first {len(energies)} events of the data, first at event {at} "
-            f"({float(energies[at])}), before a step was made."
-        )
-
-
-@eqx.filter_jit
-def _energies(density: Density, points: Array) -> Array:
-    """A program for all runs with such an energy."""
-    return jax.vmap(density.total)(points)
-
-
-def _check_finite(metrics: dict[str, np.ndarray], before: int, objective: Objective) -> None:
-    finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["gradient_norm"])
-    if np.all(finite):
-        return
-    at = int(np.argmin(finite))
-    last = f"; the step before had loss {metrics['loss'][at - 1]:.4g}" if at else ""
-    raise NonFiniteEnergyError(
-        f"The loss of {objective.name} is {metrics['loss'][at]}, and the norm of its gradient "
-        f"{metrics['gradient_norm'][at]}, at step {before + at + 1}{last}. A smaller learning rate, "
-        "optax.clip_by_global_norm before the optimiser, or a smaller step size of the walkers helps; a checkpoint "
-        "holds the last steps before it."
-    )
 
 
 def _bar(num_steps: int, initial: int, name: str, shown: bool) -> Any:

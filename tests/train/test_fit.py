@@ -199,3 +199,19 @@ def test_data_where_the_energy_is_not_finite_are_told_of():
 
     with pytest.raises(ebm.NonFiniteEnergyError, match=r"not finite at 1 of the first 2 events .* at event 1"):
         ebm.fit(jax.random.key(0), Log(jnp.ones(())), np.array([[1.0], [-1.0]]), ebm.ScoreMatching(), base=BASE)
+
+
+@pytest.mark.parametrize("gap", [-11.0, 9.0, 11.0])
+def test_walkers_that_have_lost_the_model_are_warned_of(gap):
+    """Ten nats for each dimension, of which there is one."""
+
+    class Lost(ebm.ScoreMatching):
+        def loss(self, key, density, parameters, state, batch):
+            loss, (state, _) = super().loss(key, density, parameters, state, batch)
+            return loss, (state, {"energy_gap": jnp.asarray(gap)})
+
+    if abs(gap) < 10:
+        fit(Lost())
+        return
+    with pytest.warns(ebm.EnergyWarning, match=r"walkers lie 11 nats (above|below) the data"):
+        fit(Lost())

@@ -1,0 +1,109 @@
+"""What training refuses, and what it warns of: labels, judgement, data, losses, walkers that have lost the model."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ebm_ppl.networks import JointEnergy
+from ebm_ppl.train.objective import Density, Objective, check_base
+from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, EnergyWarning, NonFiniteEnergyError
+
+MOST_GAP = 10.0
+"""Nats for each dimension between the energies of walkers and of data, beyond which walkers are not draws of a model
+that has anything to do with the data. That of a model that fits is about zero."""
+LAST = 50
+"""Steps over which the gap is averaged."""
+
+
+def as_classes(labels: ArrayLike, density: Density, points: Array) -> Array:
+    """The class of each event, as integers."""
+    if not isinstance(density.energy, JointEnergy):
+        raise EnergyError("labels are for a classifier that is read as an energy: wrap it as JointEnergy(classifier).")
+    labels = np.asarray(labels)
+    if labels.shape != (len(points),) or not np.issubdtype(labels.dtype, np.integer):
+        raise EnergyShapeError(
+            f"labels have shape {labels.shape} and dtype {labels.dtype}; they are one integer for each of the "
+            f"{len(points)} events of the data."
+        )
+    logits = jax.eval_shape(density.energy.logits, jax.ShapeDtypeStruct(density.event_shape, points.dtype))
+    if len(logits.shape) != 1 or labels.min() < 0 or labels.max() >= logits.shape[0]:
+        raise EnergyShapeError(
+            f"labels go from {labels.min()} to {labels.max()}; the classifier's logits have shape {logits.shape}, one "
+            "for each class from 0."
+        )
+    return jnp.asarray(labels)
+
+
+def check_judgement(judged: Array | None, dim: int, patience: int | None, objective: Objective) -> None:
+    if patience is not None and (judged is None or patience < 1):
+        raise EnergyError("patience is a number of judgements, 1 at least, of points to judge: pass held_out=...")
+    if judged is not None and not objective.is_comparable:
+        raise EnergyError(
+            f"The loss of {objective.name} of one step cannot be compared with another's, so that it judges nothing "
+            "held out: leave held_out and patience away."
+        )
+    if judged is not None and judged.shape[1] != dim:
+        raise EnergyShapeError(f"held_out has events of {judged.shape[1]} numbers, data of {dim}.")
+
+
+def check_events(density: Density, points: Array) -> None:
+    """The energy of one event is one number, and the base one of such events."""
+    check_base(density, "data")
+    if density.base is not None:
+        inside: Any = density.base.support(points.reshape(-1, *density.event_shape))  # pyright: ignore
+        if not np.all(inside):
+            raise EnergyError(
+                f"{np.sum(~inside)} of {len(points)} events of the data lie outside of the base's support, the first "
+                f"at {np.argmin(inside)}: take a wider base."
+            )
+    energies = _energies(density, points[:1000])
+    if bad := int(np.sum(~np.isfinite(energies))):
+        at = int(np.argmax(~np.isfinite(energies)))
+        raise NonFiniteEnergyError(
+            f"The energy is not finite at {bad} of the first {len(energies)} events of the data, first at event {at} "
+            f"({float(energies[at])}), before a step was made."
+        )
+
+
+@eqx.filter_jit
+def _energies(density: Density, points: Array) -> Array:
+    """A program for all runs with such an energy."""
+    return jax.vmap(density.total)(points)
+
+
+def check_finite(metrics: dict[str, np.ndarray], before: int, objective: Objective) -> None:
+    finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["gradient_norm"])
+    if np.all(finite):
+        return
+    at = int(np.argmin(finite))
+    last = f"; the step before had loss {metrics['loss'][at - 1]:.4g}" if at else ""
+    raise NonFiniteEnergyError(
+        f"The loss of {objective.name} is {metrics['loss'][at]}, and the norm of its gradient "
+        f"{metrics['gradient_norm'][at]}, at step {before + at + 1}{last}. A smaller learning rate, "
+        "optax.clip_by_global_norm before the optimiser, or a smaller step size of the walkers helps; a checkpoint "
+        "holds the last steps before it."
+    )
+
+
+def warn_of_gap(metrics: dict[str, np.ndarray], dim: int, objective: Objective) -> None:
+    """Tells of walkers whose energies at the end have nothing to do with those of the data: an energy ran away."""
+    if "energy_gap" not in metrics:
+        return
+    gap = float(np.mean(metrics["energy_gap"][-LAST:]))
+    if abs(gap) <= MOST_GAP * dim:
+        return
+    side = "above" if gap > 0 else "below"
+    warnings.warn(
+        f"At the end of training by {objective.name} the walkers lie {abs(gap):.4g} nats {side} the data: they are "
+        "no draws of the model, and the energy is not to be trusted. It changes faster than the walkers move, or these "
+        "are stuck where every move is rejected. A smaller learning rate, more moves a step, or Jarzynski(), whose "
+        "stuck walkers lose their weight, helps.",
+        EnergyWarning,
+        stacklevel=3,
+    )
