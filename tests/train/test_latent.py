@@ -171,7 +171,7 @@ PROBLEMS = {"regression": (regression, (X, Y), log_p_of_regression), "counts": (
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_most_likely_parameters_are_found_and_log_p_is_known_there(name, optimiser):
     model, args, log_p = PROBLEMS[name]
-    num, names = 12, ebm.target(model, *args).spec.params
+    num, names = 8, ebm.target(model, *args).spec.params
     fits = [fit(model, *args, seed=seed, optimiser=optimiser) for seed in range(num)]
     found = np.array([[each.parameters[name] for name in names] for each in fits])
     at_best = best(log_p, found[0])
