@@ -171,6 +171,7 @@ for axis, radius in zip(axes, (-1.0, 0.5, 1.5), strict=True):
     axis.hist(near, bins=15, density=True, histtype="step", color="k", label=f"{len(near)} tumours of that radius")
     axis.set_title(f"radius {radius:+.1f} sd", fontsize="medium")
     axis.set_xlabel("log mean concavity (sd)")
+    axis.set_ylim(0, 2.2)  # room for the legend
     axis.legend(frameon=False, fontsize="small")
 figure.savefig(OUT / "concavity.png", dpi=120)
 
