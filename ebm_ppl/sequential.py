@@ -48,7 +48,17 @@ from ebm_ppl.sharding import Layout
 from ebm_ppl.smc import SMC
 from ebm_ppl.stages import SMALLEST_STEP
 from ebm_ppl.target import Phase, Target
-from ebm_ppl.typing import ArrayLike, EnergyError, LogZ, PRNGKey, TemperingStalledError, as_key, error_of_mean, log_mean
+from ebm_ppl.typing import (
+    ArrayLike,
+    EnergyError,
+    LogZ,
+    PRNGKey,
+    TemperingStalledError,
+    as_key,
+    error_of_mean,
+    log_mean,
+    log_sum,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -209,7 +219,7 @@ class _Account:
         """
         num = len(eve)
         for log_weight in log_weights:
-            total = float(np.logaddexp.reduce(log_weight))
+            total = log_sum(log_weight)
             weights = np.exp(log_weight - total)
             influence = self.influence + np.bincount(eve, weights - 1 / num, num)
             known = max(1 - np.sum(np.bincount(eve, weights, num) ** 2), np.finfo(float).tiny)

@@ -250,9 +250,18 @@ def with_error(value: float, std_error: float) -> str:
     return f"{value:.{decimals}f} ± {std_error:.{decimals}f}"
 
 
+def log_sum(log_values: np.ndarray) -> float:
+    """log of the sum of numbers given by their logs, whatever their precision.
+
+    In double precision: added one after the other in single precision, numbers below the last digit of the sum so far
+    are lost, and a hundred thousand equal ones have a sum that is nats too low.
+    """
+    return float(np.logaddexp.reduce(np.asarray(log_values, np.float64)))
+
+
 def log_mean(log_values: np.ndarray) -> float:
     """log of the mean of numbers given by their logs: what estimates of one Z are averaged by."""
-    return float(np.logaddexp.reduce(log_values) - math.log(len(log_values)))
+    return log_sum(log_values) - math.log(len(log_values))
 
 
 def error_of_mean(values: np.ndarray, errors: np.ndarray) -> float:

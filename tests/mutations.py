@@ -46,6 +46,13 @@ _LATENT = "test_latent.py::test_log_p_is_unbiased_and_its_gradient_right_while_t
 
 MUTATIONS = (
     Mutation(
+        "log weights added up in their own precision",
+        "typing.py",
+        "np.logaddexp.reduce(np.asarray(log_values, np.float64))",
+        "np.logaddexp.reduce(np.asarray(log_values))",
+        ("test_evidence.py::test_many_numbers_of_single_precision_add_up",),
+    ),
+    Mutation(
         "sign of the log determinant of a normalising flow",
         "flow.py",
         "log_density = log_det + ",

@@ -19,7 +19,7 @@ from problems import PROBLEMS
 
 import ebm_ppl as ebm
 from ebm_ppl.logz.integral import Integral, draws_of_reference, relative_error
-from ebm_ppl.typing import log_mean
+from ebm_ppl.typing import log_mean, log_sum
 
 KEY = jax.random.key(0)
 NAMES = "eight_schools", "double_well", "tilted_prior", "quartic"
@@ -292,3 +292,10 @@ def test_a_model_without_latent_sites_has_nothing_to_sample():
         ebm.prior_predictive(KEY, target)
     with pytest.raises(ebm.DegenerateParticlesError, match="the one point of a model"):
         ebm.log_z(KEY, ebm.target(without_latents, Y, misfit=np.inf))
+
+
+def test_many_numbers_of_single_precision_add_up():
+    """Of log weights near -757 a running sum in single precision stops at some thirty thousand of them."""
+    log_values = np.full(2**18, -757.0, np.float32)
+    assert log_mean(log_values) == pytest.approx(-757.0, abs=1e-9)
+    assert log_sum(log_values) == pytest.approx(-757.0 + 18 * np.log(2), abs=1e-9)

@@ -37,7 +37,7 @@ from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.search import Effort, Search, find_reference, prepare
 from ebm_ppl.smc import SMC, lags
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import EnergyError, PRNGKey, keys_of, with_error
+from ebm_ppl.typing import EnergyError, PRNGKey, keys_of, log_sum, with_error
 
 IMPORTANCE = "importance sampling"
 """The branch of weights that behave."""
@@ -177,7 +177,7 @@ def _pilot(key: PRNGKey, target: Tilted, method: SMC | NestedSampling) -> Pilot:
     key_run, key_cloud = keys_of(key, 2)
     found, z, log_weight = method.explore(key_run, target)
     opinion = Opinion(found.value, found.std_error, 0.0, found.num_evaluations, found.num_nan)
-    weights = jnp.asarray(np.exp(log_weight - np.logaddexp.reduce(log_weight)))
+    weights = jnp.asarray(np.exp(log_weight - log_sum(log_weight)))
     cloud = z[np.asarray(systematic(key_cloud, weights, CLOUD))]
     return Pilot(cloud.astype(weights.dtype), opinion, found.doubts, f"pilot: {found.story[-1]}")
 

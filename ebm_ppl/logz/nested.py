@@ -47,7 +47,15 @@ from blackjax.ns.base import StateWithLogLikelihood
 from ebm_ppl import parallel
 from ebm_ppl.logz.integral import Integral, check_energies, draws_of_reference, total_energy
 from ebm_ppl.target import Tilted
-from ebm_ppl.typing import Array, DegenerateParticlesError, EnergyError, NonFiniteEnergyError, PRNGKey, with_error
+from ebm_ppl.typing import (
+    Array,
+    DegenerateParticlesError,
+    EnergyError,
+    NonFiniteEnergyError,
+    PRNGKey,
+    log_sum,
+    with_error,
+)
 
 SLICES_PER_DIM = 5
 """Slices of a newborn point in each coordinate, unless set."""
@@ -276,7 +284,7 @@ class Run(NamedTuple):
     def integral(self) -> tuple[float, float]:
         """log Z, from volumes that make Z unbiased, and the information of the posterior over the reference."""
         log_weight = self.log_weight
-        value = float(np.logaddexp.reduce(log_weight))
+        value = log_sum(log_weight)
         return value, float(np.exp(log_weight - value) @ self.deaths) - value
 
     def std_error(self, rng: np.random.Generator) -> float:
@@ -288,7 +296,7 @@ class Run(NamedTuple):
             log_shrink[-1] = -np.inf  # the last point has all that is left
             log_before = np.append(0.0, np.cumsum(log_shrink[:-1]))
             log_share = math.log(rng.beta(len(self.live), zero)) if zero else 0.0
-            values[i] = log_share + np.logaddexp.reduce(log_before + np.log(-np.expm1(log_shrink)) + deaths)
+            values[i] = log_share + log_sum(log_before + np.log(-np.expm1(log_shrink)) + deaths)
         return float(np.std(values, ddof=1))
 
     @property
