@@ -185,6 +185,7 @@ def test_two_modes_are_learned_against_a_flow():
     assert -t_limit(1, 19_999) * error < exact - lower < 0.02
 
 
+@pytest.mark.slow
 def test_the_bound_is_tight_in_two_dimensions():
     """Of a correlated normal distribution with a bend."""
     rng = np.random.default_rng(0)
@@ -199,6 +200,7 @@ def test_the_bound_is_tight_in_two_dimensions():
     assert -t_limit(1, 19_999) * error < exact - lower < 0.1
 
 
+@pytest.mark.slow
 def test_two_modes_are_learned_against_an_implicit_generator():
     """Less well: its entropy is known from below alone."""
     fitted, generator = trained("implicit", 1200, 1e-3, two_modes(10_000), BASE)
