@@ -6,6 +6,7 @@ from ebm_ppl.compare import compare
 from ebm_ppl.distribution import EnergyDistribution, energy_factor
 from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, ScaledEnergy, SumEnergy
 from ebm_ppl.evaluate.chains import mode_weights, thinned
+from ebm_ppl.evaluate.classification import auroc, calibration
 from ebm_ppl.evaluate.evaluate import evaluate
 from ebm_ppl.evaluate.significance import holm
 from ebm_ppl.evaluate.stein import stein_test
@@ -129,6 +130,8 @@ __all__ = [
     "ThermodynamicIntegration",
     "anneal",
     "as_numpyro_kernel",
+    "auroc",
+    "calibration",
     "classifier_test",
     "compare",
     "energy_factor",

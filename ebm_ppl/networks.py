@@ -109,7 +109,7 @@ class JointEnergy(Energy):
     """A classifier read as an energy: `U(x) = -log sum_y exp f(x)[y]`, with `p(y | x) = softmax f(x)`.
 
     `fit(..., labels=...)` trains both: `log p(x, y) = log p(x) + log p(y | x)`. The energy itself is the score by which
-    inputs from elsewhere are told, higher the stranger; `evaluate.calibration` tells whether the probabilities hold.
+    inputs from elsewhere are told, higher the stranger (`auroc`); `calibration` tells whether the probabilities hold.
 
     Args:
         classifier: f, a callable that gives the logits of one event, shape (num_classes,): an `equinox.nn.MLP` or a

@@ -46,6 +46,13 @@ _LATENT = "test_latent.py::test_log_p_is_unbiased_and_its_gradient_right_while_t
 
 MUTATIONS = (
     Mutation(
+        "the error of an area by one of its two samples",
+        "evaluate/classification.py",
+        "len(high) + np.var(of_low, ddof=1) / len(low))",
+        "len(high))",
+        ("evaluate/test_classification.py::test_area_and_its_error_over_replications",),
+    ),
+    Mutation(
         "log weights added up in their own precision",
         "typing.py",
         "np.logaddexp.reduce(np.asarray(log_values, np.float64))",
@@ -294,8 +301,8 @@ MUTATIONS = (
     Mutation(
         "mean weight of a fitted reference without -log N",
         "typing.py",
-        "np.logaddexp.reduce(log_values) - math.log(len(log_values))",
-        "np.logaddexp.reduce(log_values)",
+        "log_sum(log_values) - math.log(len(log_values))",
+        "log_sum(log_values)",
         ("logz/test_fitted.py::test_estimate_and_its_error[regression]",),
     ),
     Mutation(
