@@ -56,8 +56,7 @@ train, test = shuffled[:380], shuffled[380:]
 # ## Four ways to learn an energy
 #
 # The density is a wide normal base tilted by a small network, `p(x) = base(x) exp(-U(x)) / Z`. The ways differ in what
-# they need: score matching the gradient of the energy, noise contrast draws of the base, the others walkers. A third of
-# the training data decides when to stop, where the loss of an objective can be compared.
+# they need: score matching the gradient of the energy, noise contrast draws of the base, the others walkers.
 
 # %%
 base = dist.Normal(0.0, 2.0).expand([2]).to_event(1)
