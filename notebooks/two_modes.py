@@ -111,7 +111,7 @@ for name, each in fitted.items():
 # much they weigh (.25) only one finds, as far as a thousand walkers can: four thousand come to .24.
 #
 # - *Contrastive divergence* compares the data with themselves after a step: what does not leave its group says
-#   nothing of its weight, which stays where it started. Its gradient is a tenth of the likelihood's, so it is slow, too.
+#   nothing of its weight, which stays where it started. Its gradient is a tenth of the likelihood's: it is slow, too.
 # - *Persistent* walkers went into one group or the other when the bells parted, and stay there. Where there are fewer
 #   walkers than data, the energy is lowered, without any effect on the walkers; where there are more it is raised:
 #   one weight goes to zero for as long as training lasts.
