@@ -906,21 +906,23 @@ MUTATIONS = (
         "lattice/energy.py",
         "return -self.visible_bias @ x.ravel() - jnp.sum(",
         "return -self.visible_bias @ x.ravel() + jnp.sum(",
-        ("lattice/test_energy.py::test_free_energy_of_an_rbm_is_its_joint_energy_with_hidden_units_summed_out",),
+        (
+            "lattice/test_lattice_energy.py::test_free_energy_of_an_rbm_is_its_joint_energy_with_hidden_units_summed_out",
+        ),
     ),
     Mutation(
         "discrete: log Z over hidden states without their bias",
         "lattice/energy.py",
         "return -self.hidden_bias @ hidden - jnp.sum(",
         "return -jnp.sum(",
-        ("lattice/test_energy.py::test_log_z_of_an_rbm_is_the_same_by_either_layer[sizes0]",),
+        ("lattice/test_lattice_energy.py::test_log_z_of_an_rbm_is_the_same_by_either_layer[sizes0]",),
     ),
     Mutation(
         "discrete: each pair of a Boltzmann machine counted twice",
         "lattice/energy.py",
         "- x @ self.couplings @ x / 2",
         "- x @ self.couplings @ x",
-        ("lattice/test_energy.py::test_energy_of_a_boltzmann_machine_is_a_sum_over_pairs",),
+        ("lattice/test_lattice_energy.py::test_energy_of_a_boltzmann_machine_is_a_sum_over_pairs",),
     ),
     Mutation(
         "discrete: Gibbs by the densities of the others alone",
