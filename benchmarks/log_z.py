@@ -19,14 +19,13 @@ import sys
 import tempfile
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from cube import OutOfReachError
 from evidence import PROBLEMS
 from peers import OURS, PEERS, TOOLS
-from records import Record, append, as_header, as_row, read, versions
+from records import Record, append, as_header, as_row, run_or_read, versions
 from served import EndedError, Served
 
 # A record is one run: problem, tool, seed, outcome; where that is "done", also value, std_error, evaluations, seconds,
@@ -260,29 +259,14 @@ def print_ratios(found: dict[str, dict[str, Runs]]) -> None:
         print(f"{tool}: of {len(values)} comparisons it meets {', '.join(met)}.")
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=list(TOOLS))
     parser.add_argument("--seeds", type=int, default=10, help="runs of each of our estimators on each problem")
     parser.add_argument("--peer-seeds", type=int, default=3, help="runs of each peer on each problem")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds for a run, after which it is killed")
-    parser.add_argument("--out", type=Path, help="a file of JSON lines that runs are appended to")
-    parser.add_argument("--read", type=Path, nargs="+", help="only print the tables of the runs in these files")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = arguments()
-    if options.serve:
-        serve(json.loads(options.serve))
-        return
-    records = [record for path in options.read or filter(None, [options.out]) for record in read(path)]
-    if not options.read:
-        run_all(options, records)
-    print_tables(records)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    run_or_read(arguments(), serve, run_all, print_tables)

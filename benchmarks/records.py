@@ -1,9 +1,11 @@
-"""What the benchmarks share: runs in files of JSON lines, and tables in Markdown."""
+"""What benchmarks share: runs in files of JSON lines, a command that makes or reads them, and tables in Markdown."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,33 @@ def append(record: Record, path: Path | None) -> None:
     if path is not None:
         with path.open("a") as file:
             print(json.dumps(record), file=file)
+
+
+def run_or_read(
+    parser: argparse.ArgumentParser,
+    serve: Callable[[Record], None],
+    run_all: Callable[[argparse.Namespace, list[Record]], None],
+    print_tables: Callable[[list[Record]], None],
+) -> None:
+    """The command of a benchmark whose tools have processes of their own.
+
+    Args:
+        parser: with the arguments that this benchmark alone has.
+        serve: of the process of one tool, by what it was asked for with.
+        run_all: adds to the records what is asked for and not there yet.
+    """
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for a run, after which it is killed")
+    parser.add_argument("--out", type=Path, help="a file of JSON lines that runs are appended to")
+    parser.add_argument("--read", type=Path, nargs="+", help="only print the tables of the runs in these files")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(json.loads(options.serve))
+        return
+    records = [record for path in options.read or filter(None, [options.out]) for record in read(path)]
+    if not options.read:
+        run_all(options, records)
+    print_tables(records)
 
 
 def versions(packages: tuple[str, ...]) -> str:

@@ -17,12 +17,11 @@ import json
 import math
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from densities import DENSITIES, UnboundedError, log_partition
-from records import Record, append, as_header, as_row, read, versions
+from records import Record, append, as_header, as_row, run_or_read, versions
 from served import EndedError, Served
 from trainers import OBJECTIVES, OURS, TOOLS
 
@@ -225,7 +224,7 @@ def print_notes(found: dict[Cell, Runs]) -> None:
     print()
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--densities", nargs="+", default=list(DENSITIES), choices=list(DENSITIES))
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
@@ -233,23 +232,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each tool with each objective on each density")
     parser.add_argument("--steps", type=int, default=2000, help="of the optimiser in each run")
     parser.add_argument("--core", type=int, help="the core that all tools run on; any, where none is given")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds for a run, after which it is killed")
-    parser.add_argument("--out", type=Path, help="a file of JSON lines that runs are appended to")
-    parser.add_argument("--read", type=Path, nargs="+", help="only print the tables of the runs in these files")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = arguments()
-    if options.serve:
-        serve(json.loads(options.serve))
-        return
-    records = [record for path in options.read or filter(None, [options.out]) for record in read(path)]
-    if not options.read:
-        run_all(options, records)
-    print_tables(records)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    run_or_read(arguments(), serve, run_all, print_tables)
