@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
 
-from ebm_ppl.train.objective import Density, Metrics, Objective
+from ebm_ppl.train.objective import Density, Metrics, Objective, log_prob
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
 
 
@@ -64,7 +64,7 @@ class NoiseContrast(Objective):
         drawn = noise.sample(key, (self.ratio * num,)).reshape(self.ratio * num, -1)
 
         def logit(x: Array) -> Array:
-            log_noise = jnp.asarray(noise.log_prob(x.reshape(density.event_shape)))
+            log_noise = log_prob(noise, x.reshape(density.event_shape))
             return -density.total(x) - parameters["log_z"] - log_noise - jnp.log(float(self.ratio))
 
         of_data, of_noise = jax.vmap(logit)(batch), jax.vmap(logit)(drawn)
