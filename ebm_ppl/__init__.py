@@ -43,7 +43,7 @@ from ebm_ppl.train.discrete import ConcreteScoreMatching, PseudoLikelihood, Rati
 from ebm_ppl.train.fit import fit
 from ebm_ppl.train.jarzynski import Jarzynski
 from ebm_ppl.train.latent import FittedLatent, fit_latent
-from ebm_ppl.train.likelihood import ContrastiveDivergence, PersistentContrastiveDivergence
+from ebm_ppl.train.likelihood import ContrastiveDivergence, MonteCarloLikelihood, PersistentContrastiveDivergence
 from ebm_ppl.train.recovery import RecoveryLikelihood, recover
 from ebm_ppl.train.score import DenoisingScoreMatching, ScoreMatching
 from ebm_ppl.train.walkers import Dynamics
@@ -107,6 +107,7 @@ __all__ = [
     "Laplace",
     "LogZ",
     "MLPEnergy",
+    "MonteCarloLikelihood",
     "NestedSampling",
     "NoReferenceError",
     "NoiseConditionalEnergy",

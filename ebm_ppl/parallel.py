@@ -234,6 +234,11 @@ def _program(
     return Program(traced.out_info, compiled, beside_itself and not on_mesh, shared, held)
 
 
+def forget() -> None:
+    """Drops the compiled programs that are kept for later calls, as `jax.clear_caches` drops JAX's own."""
+    _program.cache_clear()
+
+
 def num_bytes(program: Program, num_parts: int) -> int:
     """What all parts hold, and those that run at the same time beside it; 0 where the compiler does not tell."""
     held = program.held()

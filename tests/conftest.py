@@ -6,6 +6,7 @@ for the other workers, for processes that tests start, and for the next time.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -25,7 +26,25 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 import jax
 import pytest
 
+from ebm_ppl import parallel
+
 jax.config.update("jax_enable_x64", True)
+
+MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Drops compiled programs after a file of tests where the process comes near the number of maps it may have.
+
+    A program takes three maps of memory for each of its parts, and Linux gives a process 65530: thousands of programs
+    later, XLA ends the process in the middle of a test that has nothing to do with it.
+    """
+    yield
+    if all(path.exists() for path in MAPS) and 3 * MAPS[0].read_bytes().count(b"\n") > int(MAPS[1].read_text()):
+        jax.clear_caches()
+        parallel.forget()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

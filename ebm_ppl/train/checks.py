@@ -1,4 +1,5 @@
-"""What training refuses, and what it warns of: labels, judgement, data, losses, walkers that have lost the model."""
+"""What training refuses, and what it warns of: labels, judgement, data, losses, walkers that have lost the
+model, a base that has."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ MOST_GAP = 10.0
 that has anything to do with the data. That of a model that fits is about zero."""
 LAST = 50
 """Steps over which the gap is averaged."""
+FEWEST = 30
+"""Effective draws of the base, below which the gradient of a step is off by a few per cent or more."""
 
 
 def as_classes(labels: ArrayLike, density: Density, points: Array) -> Array:
@@ -104,6 +107,22 @@ def warn_of_gap(metrics: dict[str, np.ndarray], dim: int, objective: Objective) 
         "no draws of the model, and the energy is not to be trusted. It changes faster than the walkers move, or these "
         "are stuck where every move is rejected. A smaller learning rate, more moves a step, or Jarzynski(), whose "
         "stuck walkers lose their weight, helps.",
+        EnergyWarning,
+        stacklevel=3,
+    )
+
+
+def warn_of_few_draws(metrics: dict[str, np.ndarray], objective: Objective) -> None:
+    """Tells of a base that has left the model, so that hardly any of its draws has a weight."""
+    if "effective_draws" not in metrics:
+        return
+    effective = float(np.mean(metrics["effective_draws"][-LAST:]))
+    if effective >= FEWEST:
+        return
+    warnings.warn(
+        f"At the end of training by {objective.name} only {effective:.3g} draws of the base are effective in a step: "
+        "log Z is too low, and the energy learns to escape the draws. A base nearer to the data (a flow that is fitted "
+        "to them), more draws, or Jarzynski(), whose walkers follow the model, helps.",
         EnergyWarning,
         stacklevel=3,
     )

@@ -1,17 +1,19 @@
-"""Maximum likelihood with negatives from short runs of a Markov chain.
+"""Maximum likelihood with negatives from weighted draws of the base, or from short runs of a Markov chain.
 
-    grad log p(data) = -E_data[grad U] + E_p[grad U]          E_p by walkers that are not quite at p
+    grad log p(data) = -E_data[grad U] + E_p[grad U]
 
+    Monte Carlo likelihood      E_p by draws of the base that are weighted, w(x) ~ exp(-U(x)): as good as the base is
+                                near the model, in a few dimensions or with a flow for a base
     contrastive divergence      walkers start at the data of the step: blind to what lies far from all data, and
                                 content with wrong weights of modes that they do not leave
     persistent                  walkers go on from step to step, some of them restarted: they follow the model for as
                                 long as it moves more slowly than they mix
 
-Both are biased where the chains do not mix, and say nothing of it: two modes that no walker crosses between get
-whatever weights the walkers happen to have. `Jarzynski` weighs its walkers for what they lag behind.
+Those of walkers are biased where the chains do not mix, and say nothing of it: two modes that no walker crosses between
+get whatever weights the walkers happen to have. `Jarzynski` weighs its walkers for what they lag behind.
 
 References:
-    Hinton (2002), Training products of experts by minimizing contrastive divergence; Tieleman (2008), Training
+    Geyer and Thompson (1992), Constrained Monte Carlo maximum likelihood for dependent data; Hinton (2002), Training products of experts by minimizing contrastive divergence; Tieleman (2008), Training
     restricted Boltzmann machines using approximations to the likelihood gradient; Du and Mordatch (2019), Implicit
     generation and modeling with energy-based models.
 """
@@ -22,10 +24,51 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from blackjax.smc.ess import log_ess
+from jax.scipy.special import logsumexp
 
 from ebm_ppl.train.objective import Density, Metrics, Objective, energy_gap
 from ebm_ppl.train.walkers import Dynamics, next_step_size, walk
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
+
+
+class MonteCarloLikelihood(Objective):
+    """Maximum likelihood with log Z by importance sampling from the base.
+
+        loss = mean U(data) + log( 1/N sum_i exp(-U(x_i)) )         x_i of the base, new ones in each step
+
+    The second term is an estimate of log Z, lower than it by Var(w) / 2N on average, w the weights over their mean: by
+    1 / 2 ESS or so, which is the relative error of the gradient as well. The record has `log_z` and
+    `effective_draws`, ESS, of each step; `fit` warns where these are few at the end.
+
+    Args:
+        num_draws: N, of the base in each step.
+
+    Reference: Geyer and Thompson (1992).
+    """
+
+    num_draws: int = 4096
+    name = "Monte Carlo likelihood"
+    is_comparable = True
+
+    def __check_init__(self):
+        if self.num_draws < 2:
+            raise EnergyError(f"num_draws is 2 at least; got {self.num_draws}.")
+
+    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
+        if density.base is None:
+            raise EnergyError("MonteCarloLikelihood draws from the base: pass base=... to fit.")
+        return (), ()
+
+    def loss(
+        self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
+    ) -> tuple[Array, tuple[Any, Metrics]]:
+        points = jnp.concatenate([batch, density.draw_base(key, self.num_draws).astype(batch.dtype)])
+        energies = jax.vmap(density.tilt)(points)
+        log_weights = -energies[len(batch) :]
+        log_z = logsumexp(log_weights) - jnp.log(float(self.num_draws))
+        metrics = {"log_z": log_z, "effective_draws": jnp.exp(log_ess(log_weights))}
+        return jnp.mean(energies[: len(batch)]) + log_z, (state, metrics)
 
 
 class ContrastiveDivergence(Objective):
@@ -97,7 +140,10 @@ class PersistentContrastiveDivergence(Objective):
     ) -> tuple[Array, tuple[Any, Metrics]]:
         key_choice, key_restart, key_fresh, key_walk = jax.random.split(key, 4)
         num = min(len(batch), self.num_walkers)
-        chosen = jax.random.choice(key_choice, self.num_walkers, (num,), replace=False)
+        # Neighbours from a random place on, since a random choice of them all sorts the buffer; never in turn, since
+        # walkers that all lag behind by the same number of steps swing with the energy.
+        first = jax.random.randint(key_choice, (), 0, self.num_walkers)
+        chosen = (first + jnp.arange(num)) % self.num_walkers
         points = state.points[chosen]
         if self.restart > 0:
             fresh = batch[:num] if density.base is None else density.draw_base(key_fresh, num).astype(points.dtype)
