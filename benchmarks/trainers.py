@@ -35,13 +35,16 @@ NEAR = 0.3
 """Noise of energy discrepancy."""
 NEIGHBOURS = 4
 """Of each point in energy discrepancy; the default of ebmkit. Ours is 16, which has a row of its own."""
+DRAWS = 4096
+"""Of the base in each step of the Monte Carlo likelihood."""
 CHUNK = 100
 """Steps of a compiled program of ours."""
 
 SCORE, SLICED, DENOISING = "score matching", "sliced score matching", "denoising score matching"
 NOISE, DISCREPANCY, NEIGHBOURLY = "noise contrast", "energy discrepancy", "energy discrepancy, 16 neighbours"
 CD, PCD, ADJUSTED, JARZYNSKI = "CD-10", "PCD-10", "PCD-5, MALA", "Jarzynski, MALA"
-OBJECTIVES = SCORE, SLICED, DENOISING, NOISE, DISCREPANCY, NEIGHBOURLY, CD, PCD, ADJUSTED, JARZYNSKI
+LIKELIHOOD = "Monte Carlo likelihood"
+OBJECTIVES = SCORE, SLICED, DENOISING, NOISE, DISCREPANCY, NEIGHBOURLY, LIKELIHOOD, CD, PCD, ADJUSTED, JARZYNSKI
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +93,7 @@ class EbmPpl:
             NOISE: lambda: ebm.NoiseContrast(),
             DISCREPANCY: lambda: ebm.EnergyDiscrepancy(NEAR, NEIGHBOURS),
             NEIGHBOURLY: lambda: ebm.EnergyDiscrepancy(NEAR),
+            LIKELIHOOD: lambda: ebm.MonteCarloLikelihood(DRAWS),
             CD: lambda: ebm.ContrastiveDivergence(moves),
             PCD: lambda: ebm.PersistentContrastiveDivergence(WALKERS, RESTART, moves),
             ADJUSTED: lambda: ebm.PersistentContrastiveDivergence(WALKERS, RESTART, Dynamics(ebm.MALA(), MOVES // 2)),

@@ -13,9 +13,10 @@ Those of walkers are biased where the chains do not mix, and say nothing of it: 
 get whatever weights the walkers happen to have. `Jarzynski` weighs its walkers for what they lag behind.
 
 References:
-    Geyer and Thompson (1992), Constrained Monte Carlo maximum likelihood for dependent data; Hinton (2002), Training products of experts by minimizing contrastive divergence; Tieleman (2008), Training
-    restricted Boltzmann machines using approximations to the likelihood gradient; Du and Mordatch (2019), Implicit
-    generation and modeling with energy-based models.
+    Geyer and Thompson (1992), Constrained Monte Carlo maximum likelihood for dependent data; Hinton (2002), Training
+    products of experts by minimizing contrastive divergence; Tieleman (2008), Training restricted Boltzmann machines
+    using approximations to the likelihood gradient; Du and Mordatch (2019), Implicit generation and modeling with
+    energy-based models.
 """
 
 from __future__ import annotations

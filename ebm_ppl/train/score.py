@@ -25,6 +25,9 @@ from ebm_ppl.noise import check_levels
 from ebm_ppl.train.objective import Density, Metrics, Objective, require_levels
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
 
+UNROLLED = 4
+"""Coordinates that exact score matching takes in one piece."""
+
 
 class ScoreMatching(Objective):
     """Exact score matching, whose cost is that of `dim` gradients; sliced is as dear as one.
@@ -46,21 +49,40 @@ class ScoreMatching(Objective):
     def loss(
         self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
     ) -> tuple[Array, tuple[Any, Metrics]]:
-        num, dim = batch.shape
-        num_directions = dim if self.num_slices is None else self.num_slices
-        directions = jnp.tile(jnp.eye(dim, dtype=batch.dtype), (num, 1))
-        if self.num_slices is not None:
-            directions = jax.random.rademacher(key, (num * num_directions, dim), batch.dtype)
+        if self.num_slices is None:
+            return _exact(density, batch), (state, {})
+        directions = jax.random.rademacher(key, (len(batch) * self.num_slices, batch.shape[1]), batch.dtype)
+        return _sliced(density, batch, directions), (state, {})
 
-        def of_pair(x: Array, direction: Array) -> tuple[Array, Array]:
-            slope, bent = jax.jvp(jax.grad(density.total), (x,), (direction,))
-            return slope @ slope / 2, direction @ bent
 
-        # Pairs of a point and a direction as one batch: of a batch of batches XLA makes slower products of matrices.
-        energies, curvatures = jax.vmap(of_pair)(jnp.repeat(batch, num_directions, axis=0), directions)
-        trace = jnp.mean(curvatures) * (dim if self.num_slices is None else 1)
-        loss = jnp.mean(energies) - trace
-        return loss, (state, {})
+def _exact(density: Density, batch: Array) -> Array:
+    """The loss by second derivatives along each coordinate, which bring the first ones with them."""
+    total = jax.vmap(density.total)
+
+    def along(loss: Array, coordinate: Array) -> tuple[Array, None]:
+        directions = jnp.broadcast_to(coordinate, batch.shape)
+
+        def slopes(points: Array) -> Array:
+            return jax.jvp(total, (points,), (directions,))[1]
+
+        slope, curvature = jax.jvp(slopes, (batch,), (directions,))
+        return loss + jnp.mean(slope**2 / 2 - curvature), None
+
+    # What does not depend on the coordinate is computed once for those that are unrolled. All of them as one batch, of
+    # batches, would have XLA make far slower products of matrices.
+    coordinates = jnp.eye(batch.shape[1], dtype=batch.dtype)
+    return jax.lax.scan(along, jnp.zeros((), batch.dtype), coordinates, unroll=UNROLLED)[0]
+
+
+def _sliced(density: Density, batch: Array, directions: Array) -> Array:
+    """The loss with second derivatives along some directions of each point, shape (batch * num_slices, dim)."""
+
+    def of_pair(x: Array, direction: Array) -> Array:
+        slope, bent = jax.jvp(jax.grad(density.total), (x,), (direction,))
+        return slope @ slope / 2 - direction @ bent
+
+    # Pairs of a point and a direction as one batch, for the same reason.
+    return jnp.mean(jax.vmap(of_pair)(jnp.repeat(batch, len(directions) // len(batch), axis=0), directions))
 
 
 class DenoisingScoreMatching(Objective):
