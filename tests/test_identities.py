@@ -40,7 +40,7 @@ def draws():
     """By inverse temperature, (chain, draw)."""
     return {
         beta: ebm.sample(
-            jax.random.key(0), ebm.target(model, jnp.asarray(beta)), ebm.NUTS(), num_chains=4, progress_bar=False
+            jax.random.key(0), ebm.target(model, jnp.asarray(beta)), ebm.NUTS(), num_chains=4, num_samples=4000, progress_bar=False
         )["posterior"]["x"].values
         for beta in BETAS
     }
