@@ -26,7 +26,6 @@ USED_AGAIN = {
     "persistent": ebm.SMC(num_particles=500, persistence=8, num_moves=1),
 }
 INDEPENDENCE = ebm.SMC(num_particles=500, kernel=ebm.Independence())
-JUMPING = ("mixture", "three_roles")
 KNOWN = [name for name, problem in PROBLEMS.items() if "SMC" in problem.samplers]
 TWO_PHASES = [name for name in KNOWN if PROBLEMS[name].log_z_prior is not None]
 NUM_COMPONENTS = sum(2 * np.size(mean) for name in KNOWN for mean in PROBLEMS[name].means.values())
@@ -385,7 +384,7 @@ def test_other_kernels(kernel):
     assert low < np.sum(scores**2) < high
 
 
-@pytest.mark.parametrize("name", JUMPING)
+@pytest.mark.parametrize("name", ["three_roles", pytest.param("mixture", marks=pytest.mark.slow)])
 def test_moves_that_jump(name):
     """The same promises by an independence sampler: two modes that overlap, and two phases."""
     check_runs(name, INDEPENDENCE, NUM_RUNS)
@@ -419,6 +418,7 @@ def test_moves_that_jump_keep_a_mode_that_they_never_propose():
     assert low < np.sum(scores**2) < high
 
 
+@pytest.mark.slow
 def test_moves_that_jump_in_single_precision(run_in_float32):
     printed = run_in_float32(
         """

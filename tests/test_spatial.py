@@ -85,6 +85,7 @@ def test_chains_agree_with_numpyro(request, draws, known):
         assert abs(found - mean) < LIMIT * np.sqrt(variance + deviation**2 / REFERENCE_DRAWS), name
 
 
+@pytest.mark.slow
 def test_particles_agree_with_chains(target, chains):
     sampler = ebm.SMC(num_particles=200)
     particles = ebm.sample(

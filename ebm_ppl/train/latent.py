@@ -189,11 +189,12 @@ def fit_latent(
     """
     sampler = SMC(num_particles=512) if sampler is None else sampler
     bijections = _checked(target)
+    parameters = _unconstrained(target, bijections)
     key_start, key_steps, key_final = jax.random.split(as_key(key), 3)
     draws = weigh(key_start, target, sampler, 2, progress_bar)
     known: Any = draws.log_z
     origin, scale = location_and_scale(jnp.asarray(draws.z[0]), jnp.ones(sampler.num_particles, draws.z.dtype))
-    joint = Joint(_unconstrained(target, bijections), NonTrainable(Given(target, bijections, origin, scale)))
+    joint = Joint(parameters, NonTrainable(Given(target, bijections, origin, scale)))
     points = jax.vmap(scale.whitened)(draws.z.reshape(-1, target.dim) - origin)
     objective = MarginalLikelihood(sampler.num_particles, resample, dynamics, jnp.asarray(known["data_value"]))
     fitted = fit(

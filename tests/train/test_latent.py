@@ -168,7 +168,7 @@ def fit(model, *args, seed=0, optimiser=None, **settings):
 PROBLEMS = {"regression": (regression, (X, Y), log_p_of_regression), "counts": (counts, (COUNTS,), log_p_of_counts)}
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", ["regression", pytest.param("counts", marks=pytest.mark.slow)])
 def test_the_most_likely_parameters_are_found_and_log_p_is_known_there(name, optimiser):
     model, args, log_p = PROBLEMS[name]
     num, names = 8, ebm.target(model, *args).spec.params
@@ -348,13 +348,8 @@ def test_subsampled_plates_are_refused():
 
 
 def test_a_likelihood_that_is_not_finite_ends_the_fit_with_its_step():
-    def model(y):
-        t = numpyro.param("t", 0.1)
-        z = numpyro.sample("z", dist.Normal(0, 1))
-        numpyro.sample("y", dist.Normal(z + jnp.sqrt(0.2 - t), 1).expand([len(y)]).to_event(1), obs=y)
-
-    with pytest.raises(ebm.NonFiniteEnergyError, match=r"loss of marginal likelihood is nan.* at step \d"):
-        fit(model, Y - 10, optimiser=optax.sgd(1.0), num_steps=20)
+    with pytest.raises(ebm.NonFiniteEnergyError, match=r"loss of marginal likelihood is .* at step \d"):
+        fit(regression, X, Y, optimiser=optax.sgd(1e3), num_steps=20)
 
 
 def test_parameters_that_outrun_the_walkers_are_told_of():
