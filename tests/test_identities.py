@@ -38,12 +38,12 @@ def model(beta):
 @pytest.fixture(scope="module")
 def draws():
     """By inverse temperature, (chain, draw)."""
-    return {
-        beta: ebm.sample(
-            jax.random.key(0), ebm.target(model, jnp.asarray(beta)), ebm.NUTS(), num_chains=4, num_samples=4000, progress_bar=False
-        )["posterior"]["x"].values
+    settings = {"num_chains": 4, "num_samples": 4000, "progress_bar": False}
+    sampled = {
+        beta: ebm.sample(jax.random.key(0), ebm.target(model, jnp.asarray(beta)), ebm.NUTS(), **settings)
         for beta in BETAS
     }
+    return {beta: each["posterior"]["x"].values for beta, each in sampled.items()}
 
 
 def score(values, mean):
