@@ -31,7 +31,7 @@ class NoiseContrast(Objective):
     """Noise-contrastive estimation: the energy and its log Z, by telling data from noise.
 
     The normaliser that is learned is that of `base(x) exp(-U(x))`, or of `exp(-U(x))` without a base: `log_z` in the
-    record and `log_partition` of the result.
+    record by step, and `parameters["log_z"]` of the result, which belongs to its energy.
 
     Args:
         noise: a NumPyro distribution of events with `sample` and `log_prob`, a flow included; the base where None.

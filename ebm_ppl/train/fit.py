@@ -51,7 +51,7 @@ class Run(NamedTuple):
     trained: Any
     """Arrays of the energy, and the objective's own parameters."""
     average: Any
-    """Of the energy's arrays over the steps; where none is wanted, those of the last."""
+    """Of what is trained, over the steps; where none is wanted, that of the last."""
     optimiser: Any
     state: Any
     """Of the objective."""
@@ -70,7 +70,7 @@ class Fitted(NamedTuple):
     state: Any
     """Of the objective after the last step: walkers, say."""
     parameters: Any
-    """The objective's own: a learned log Z, say."""
+    """The objective's own, averaged and chosen as the energy's are: the log Z that `NoiseContrast` learned, say."""
 
 
 def fit(
@@ -105,7 +105,8 @@ def fit(
         optimiser: of Optax, schedules included; Adam at a rate of .001 by default.
         num_steps: of the optimiser.
         batch_size: points of a step.
-        averaging: decay of an exponential average of the parameters over steps, which the result has then; .999, say.
+        averaging: decay of an exponential average of all that is trained over steps, which the result has then; .999,
+            say.
         held_out: events that are not trained on, at which the objective's loss (without that of labels) is judged
             every `every` steps. For objectives whose losses can be compared.
         patience: judgements without a gain after which training stops.
@@ -154,8 +155,8 @@ def fit(
         averaging=averaging,
     )
     trained = trainable, parameters
-    run = Run(jnp.zeros((), int), trained, trainable, given.optimiser.init(trained), state, jnp.arange(len(points)))
-    done = Done(run, trainable, Record({}, np.zeros(0)))
+    run = Run(jnp.zeros((), int), trained, trained, given.optimiser.init(trained), state, jnp.arange(len(points)))
+    done = Done(run, trained, Record({}, np.zeros(0)))
     settings = _settings(given, every)
     if checkpoint is not None and Path(checkpoint).exists():
         done = _read(checkpoint, done, given, settings)
@@ -170,7 +171,8 @@ def fit(
     warn_of_few_draws(done.record.metrics, objective)
     attrs = {"objective": objective.name, "batch_size": given.batch_size, "settings": repr(objective)}
     record = done.record.as_datatree(every, attrs)
-    return Fitted(eqx.combine(done.best, fixed), record, done.run.state, done.run.trained[1])
+    trainable, parameters = done.best
+    return Fitted(eqx.combine(trainable, fixed), record, done.run.state, parameters)
 
 
 class Given(eqx.Module):
@@ -245,7 +247,7 @@ def _step(run: Run, given: Given) -> tuple[Run, Metrics]:
     trained: Any = optax.apply_updates(run.trained, updates)
     # The first steps are averaged evenly: their average would else lean on the start for long.
     decay = jnp.minimum(given.averaging, run.step / (run.step + 1)).astype(value.dtype)
-    average = optax.incremental_update(trained[0], run.average, 1 - decay)
+    average = optax.incremental_update(trained, run.average, 1 - decay)
     metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient), **metrics}
     return Run(run.step + 1, trained, average, optimiser, state, order), metrics
 
@@ -261,8 +263,8 @@ def _cross_entropy(density: Density, batch: Array, labels: Array) -> tuple[Array
 @eqx.filter_jit
 def _judge(run: Run, given: Given, points: Array) -> Array:
     """The loss at points that are not trained on, always by the same key."""
-    key = jax.random.fold_in(given.key, JUDGE)
-    return given.objective.loss(key, given.density(run.average), run.trained[1], run.state, points)[0]
+    key, (trainable, parameters) = jax.random.fold_in(given.key, JUDGE), run.average
+    return given.objective.loss(key, given.density(trainable), parameters, run.state, points)[0]
 
 
 # What a checkpoint holds
@@ -273,7 +275,7 @@ class Done(NamedTuple):
 
     run: Run
     best: Any
-    """Arrays of the energy that the result will have."""
+    """What is trained, as the result will have it."""
     record: Record
 
 

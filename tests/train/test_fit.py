@@ -146,6 +146,32 @@ def test_the_average_of_parameters_is_theirs_over_the_steps():
     np.testing.assert_allclose(fitted.record["training"]["weight"], met + 1)
 
 
+@pytest.mark.parametrize("settings", [{"averaging": 0.9}, {"held_out": two_modes(10), "every": 1}], ids=lambda x: [*x][0])
+def test_the_parameters_of_the_objective_are_those_that_belong_to_the_energy(settings):
+    """Both take the same steps here, there and back again: the best is not the last."""
+
+    class Both(ebm.ScoreMatching):
+        def init(self, key, density, data):
+            return jnp.zeros(()), ()
+
+        def loss(self, key, density, parameters, state, batch):
+            weight = density.energy.factor
+            return ((weight - 2.0) ** 2 + (parameters - 2.0) ** 2) / 2, (state, {})
+
+    fitted = ebm.fit(
+        jax.random.key(0),
+        ebm.ScaledEnergy(lambda x: x[0], jnp.zeros(())),
+        two_modes(64),
+        Both(),
+        optimiser=optax.sgd(1.8),
+        num_steps=5,
+        progress_bar=False,
+        **settings,
+    )
+    assert float(fitted.energy.factor) == float(fitted.parameters) != 0
+    assert abs(float(fitted.parameters) - 2) < 2
+
+
 def test_every_point_is_taken_once_in_an_epoch():
     class Seen(ebm.ScoreMatching):
         def loss(self, key, density, parameters, state, batch):
