@@ -46,6 +46,13 @@ _LATENT = "test_latent.py::test_log_p_is_unbiased_and_its_gradient_right_while_t
 
 MUTATIONS = (
     Mutation(
+        "the log density of a base that goes on beyond its support",
+        "train/objective.py",
+        "jnp.where(base.support(x), value, -jnp.inf) if has_borders(base) else value",
+        "value",
+        ("train/test_objectives.py::test_walkers_stay_in_the_support_of_the_base",),
+    ),
+    Mutation(
         "the error of an area by one of its two samples",
         "evaluate/classification.py",
         "len(high) + np.var(of_low, ddof=1) / len(low))",

@@ -129,6 +129,7 @@ class Adversarial(Objective):
     ratio: int = 1
     name = "adversarial"
     is_comparable = False
+    is_continuous = True
 
     def __check_init__(self):
         if self.ratio < 1:

@@ -55,10 +55,15 @@ def check_judgement(judged: Array | None, dim: int, patience: int | None, object
         raise EnergyShapeError(f"held_out has events of {judged.shape[1]} numbers, data of {dim}.")
 
 
-def check_events(density: Density, points: Array) -> None:
+def check_events(density: Density, points: Array, objective: Objective) -> None:
     """The energy of one event is one number, and the base one of such events."""
     check_base(density, "data")
     if density.base is not None:
+        if density.base.is_discrete and objective.is_continuous:
+            raise EnergyError(
+                f"{objective.name} takes events of real numbers, and the base is discrete: PseudoLikelihood(), "
+                "NoiseContrast(), or Jarzynski() with kernels of discrete states train on such."
+            )
         inside: Any = density.base.support(points.reshape(-1, *density.event_shape))  # pyright: ignore
         if not np.all(inside):
             raise EnergyError(

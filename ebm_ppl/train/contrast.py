@@ -89,6 +89,7 @@ class EnergyDiscrepancy(Objective):
     stability: float = 1.0
     name = "energy discrepancy"
     is_comparable = True
+    is_continuous = True
 
     def __check_init__(self):
         if not self.noise > 0 or self.num_neighbours < 1 or not self.stability >= 0:

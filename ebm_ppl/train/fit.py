@@ -138,7 +138,7 @@ def fit(
     trainable, fixed = eqx.partition(energy, eqx.is_inexact_array, is_leaf=lambda x: isinstance(x, NonTrainable))
     if not jax.tree.leaves(trainable):
         raise EnergyError("The energy has no floating-point arrays to train: it is a pytree of them, MLPEnergy, say.")
-    check_events(density, points)
+    check_events(density, points, objective)
     for each in (points,) if judged is None else (points, judged):
         objective.check(each)
     parameters, state = objective.init(jax.random.fold_in(key, INIT), density, points)

@@ -210,7 +210,7 @@ class Jarzynski(WeightedWalkers):
         if density.base is None:
             raise EnergyError("Jarzynski starts from draws of a normalised base: pass base=... to fit.")
         points = density.draw_base(key, 2 * self.num_walkers).astype(data.dtype)
-        self.dynamics.check_start(points)
+        self.dynamics.check_start(points, density.base)
         return (), self.start(density, points, -jax.vmap(density.tilt)(points), jnp.zeros(2))
 
     def loss(

@@ -86,7 +86,7 @@ class ContrastiveDivergence(Objective):
     is_comparable = False
 
     def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
-        self.dynamics.check_start(data)
+        self.dynamics.check_start(data, density.base)
         return (), jnp.asarray(self.dynamics.step_size, data.dtype)
 
     def loss(
@@ -133,7 +133,7 @@ class PersistentContrastiveDivergence(Objective):
             points = data[jax.random.randint(key, (self.num_walkers,), 0, len(data))]
         else:
             points = density.draw_base(key, self.num_walkers).astype(data.dtype)
-        self.dynamics.check_start(points)
+        self.dynamics.check_start(points, density.base)
         return (), Buffer(points, step_size)
 
     def loss(

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from numpyro.distributions import constraints
 
 from ebm_ppl.energy import as_energy_values
 from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, PRNGKey
@@ -83,6 +84,8 @@ class Objective(eqx.Module):
 
     name: ClassVar[str]
     is_comparable: ClassVar[bool]
+    is_continuous: ClassVar[bool] = False
+    """Whether it takes slopes at points, or looks beside them, so that no base of discrete events will do."""
 
     def check(self, data: Array) -> None:
         """Refuses data, shape (num, dim), that it cannot be trained on or judged at."""
@@ -101,10 +104,25 @@ class Objective(eqx.Module):
 def log_prob(base: Any, x: Array) -> Array:
     """Of a NumPyro distribution at one event of floating-point numbers, also where it is discrete.
 
-    Categories are looked up by whole numbers. Bits are left as they are, since their log density has a slope.
+    Categories are looked up by whole numbers. Bits are left as they are, since their log density has a slope. Outside
+    of the support it is -inf, where NumPyro's formulas go on.
     """
-    bits = getattr(base.support, "base_constraint", base.support) is dist.constraints.boolean
-    return jnp.asarray(base.log_prob(x.astype(int) if base.is_discrete and not bits else x))
+    integers = base.is_discrete and _kind(base) is not constraints.boolean
+    value = jnp.asarray(base.log_prob(x.astype(int) if integers else x))
+    return jnp.where(base.support(x), value, -jnp.inf) if has_borders(base) else value
+
+
+def has_borders(base: dist.Distribution) -> bool:
+    """Whether there are points of floating-point numbers outside of the support."""
+    return _kind(base) not in (constraints.real, constraints.real_vector, constraints.real_matrix)
+
+
+def _kind(base: dist.Distribution) -> Any:
+    """Of the numbers in an event."""
+    support: Any = base.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
 
 
 def without_gradient(tree: Any) -> Any:

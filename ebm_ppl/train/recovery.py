@@ -74,6 +74,7 @@ class RecoveryLikelihood(Objective):
     dynamics: Dynamics = MOVES
     name = "recovery likelihood"
     is_comparable = False
+    is_continuous = True
 
     def __check_init__(self):
         _check_chain(self.levels)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from ebm_ppl.noise import check_levels
-from ebm_ppl.train.objective import Density, Metrics, Objective, require_levels
+from ebm_ppl.train.objective import Density, Metrics, Objective, has_borders, require_levels
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
 
 UNROLLED = 4
@@ -32,8 +32,14 @@ UNROLLED = 4
 class ScoreMatching(Objective):
     """Exact score matching, whose cost is that of `dim` gradients; sliced is as dear as one.
 
+    It takes for granted that the density vanishes at the borders of its support, as one of all real numbers does: a
+    base with borders is refused.
+
     Args:
         num_slices: random directions of second derivatives for each point; all coordinates, exactly, where None.
+
+    Raises:
+        EnergyError: for a base with borders.
 
     Reference: Hyvarinen (2005); Song, Garg, Shi and Ermon (2019).
     """
@@ -41,10 +47,19 @@ class ScoreMatching(Objective):
     num_slices: int | None = None
     name = "score matching"
     is_comparable = True
+    is_continuous = True
 
     def __check_init__(self):
         if self.num_slices is not None and self.num_slices < 1:
             raise EnergyError(f"num_slices is 1 at least, or None; got {self.num_slices}.")
+
+    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
+        if density.base is not None and has_borders(density.base):
+            raise EnergyError(
+                "Score matching is wrong where the density does not vanish at the borders of the base's support: train "
+                "on `biject_to(base.support).inv(data)`, all real numbers, or without a base of constant density."
+            )
+        return (), ()
 
     def loss(
         self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
@@ -101,6 +116,7 @@ class DenoisingScoreMatching(Objective):
     noise: float | tuple[float, ...] = 0.1
     name = "denoising score matching"
     is_comparable = True
+    is_continuous = True
 
     def __check_init__(self):
         check_levels(self.noise if isinstance(self.noise, tuple) else (self.noise,))

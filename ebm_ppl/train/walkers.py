@@ -21,12 +21,13 @@ from typing import Any, Protocol
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 
 from ebm_ppl.kernels import HMC, MALA, Kernel, Langevin, Tuning
 from ebm_ppl.lattice.energy import check_states
 from ebm_ppl.lattice.gibbs import BlockGibbs, Lattice
 from ebm_ppl.scale import DiagonalScale
-from ebm_ppl.train.objective import without_gradient
+from ebm_ppl.train.objective import has_borders, without_gradient
 from ebm_ppl.typing import Array, ArrayLike, EnergyError, PRNGKey
 
 LEARNING = 0.1
@@ -64,10 +65,23 @@ class Dynamics(eqx.Module):
             return self.kernel.kernel(energy)
         return self.kernel.kernel()
 
-    def check_start(self, points: Array) -> None:
-        """Refuses points that a kernel of discrete states would make nonsense of, where they are known."""
+    def check_start(self, points: Array, base: dist.Distribution | None) -> None:
+        """Refuses points, or a base, that the kernel would make nonsense of, where they are known."""
         if isinstance(self.kernel, Lattice):
             check_states(points, self.kernel.num_states, f"Walkers of {self.kernel.name}")
+        if base is None:
+            return
+        if base.is_discrete != isinstance(self.kernel, Lattice):
+            remedy = "Gibbs(), say" if base.is_discrete else "MALA(), say"
+            raise EnergyError(
+                f"The base is {'discrete' if base.is_discrete else 'continuous'}, and {self.kernel.name} moves through "
+                f"{'real numbers' if base.is_discrete else 'discrete states'}: give Dynamics another kernel, {remedy}."
+            )
+        if has_borders(base) and isinstance(self.kernel, Langevin):
+            raise EnergyError(
+                "Langevin() would walk over the borders of the base's support: give Dynamics MALA() or HMC(), whose "
+                "moves beyond them are rejected."
+            )
 
 
 def walk(

@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 import scipy.stats as st
-from limits import t_limit
+from limits import chi2_limits, t_limit
 from train_problems import BASE, best_log_likelihood, log_likelihood, log_z, two_modes
 
 import ebm_ppl as ebm
@@ -271,3 +271,57 @@ def test_a_chain_that_is_too_short_keeps_what_it_starts_with():
         return objective.loss(jax.random.key(1), Density(energy, far, (1,)), parameters, state, batch)[0]
 
     assert abs(float(jax.grad(loss)(energy).weights[0])) < 1e-6  # the likelihood's is about -.25
+
+
+# What a base allows
+
+POSITIVE = dist.Exponential(1.0).expand([1]).to_event(1)
+BITS = dist.Bernoulli(0.5).expand([1]).to_event(1)
+
+
+def test_walkers_stay_in_the_support_of_the_base():
+    """exp(-x) exp(-w x) on the positive line, whose Z is 1 / (1 + w); a half of all moves would cross the border."""
+    objective = ebm.Jarzynski(1024, dynamics=Dynamics(ebm.MALA(), 1))
+    data, scores = np.random.default_rng(0).exponential(0.5, (1000, 1)), []
+    for seed in range(8):
+        start = ebm.ScaledEnergy(lambda x: x[0], jnp.zeros(()))
+        settings = {"optimiser": optax.adam(1e-2), "num_steps": 100, "every": 100, "progress_bar": False}
+        fitted = ebm.fit(jax.random.key(seed), start, data, objective, base=POSITIVE, **settings)
+        assert np.all(fitted.state.driver.points >= 0)
+        _, told = objective.weighed(fitted.state, Density(fitted.energy, POSITIVE, (1,)))
+        scores.append(float((told["log_z"] + jnp.log1p(fitted.energy.factor)) / told["log_z_std_error"]))
+    assert 0.5 < float(fitted.energy.factor) < 1.5
+    assert np.sum(np.square(scores)) < chi2_limits(1, len(scores))[1], scores
+
+
+def test_neighbours_and_noise_outside_of_the_support_have_no_density():
+    density = Density(ebm.QuadraticEnergy(jnp.zeros((1, 1))), POSITIVE, (1,))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(density.total))(jnp.array([[-0.1], [0.5]])), [np.inf, 0.5])
+    wide = dist.Normal(0.0, 1.0).expand([1]).to_event(1)
+    parameters, batch = {"log_z": jnp.zeros(())}, jnp.ones((64, 1))
+    loss, _ = jax.jit(ebm.NoiseContrast(wide).loss)(jax.random.key(0), density, parameters, (), batch)
+    drawn = wide.sample(jax.random.key(0), (64,))
+    logit = lambda x: POSITIVE.log_prob(np.abs(x)) - wide.log_prob(x)  # noqa: E731
+    of_noise = np.where(drawn[:, 0] >= 0, np.logaddexp(0, logit(drawn)), 0.0)
+    assert float(loss) == pytest.approx(float(np.mean(np.logaddexp(0, -logit(batch))) + np.mean(of_noise)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "base", "message"),
+    [
+        (ebm.ScoreMatching(), POSITIVE, "does not vanish at the borders"),
+        (ebm.Jarzynski(64), POSITIVE, "walk over the borders"),
+        (ebm.PersistentContrastiveDivergence(64), POSITIVE, "walk over the borders"),
+        (ebm.ContrastiveDivergence(), BITS, r"The base is discrete, and Langevin .* Gibbs\(\)"),
+        (ebm.PersistentContrastiveDivergence(64, dynamics=Dynamics(ebm.MALA())), BITS, "The base is discrete"),
+        (ebm.Jarzynski(64), BITS, "The base is discrete"),
+        (ebm.ContrastiveDivergence(Dynamics(ebm.Gibbs())), BASE, "The base is continuous, and Gibbs"),
+        (ebm.ScoreMatching(1), BITS, "score matching takes events of real numbers"),
+        (ebm.DenoisingScoreMatching(), BITS, "denoising score matching takes events of real numbers"),
+        (ebm.EnergyDiscrepancy(), BITS, "energy discrepancy takes events of real numbers"),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_a_base_of_other_events_is_refused(objective, base, message):
+    with pytest.raises(ebm.EnergyError, match=message):
+        ebm.fit(jax.random.key(0), ebm.MLPEnergy(jax.random.key(0), 1), np.ones((20, 1)), objective, base=base)
