@@ -133,7 +133,7 @@ def evaluate(
 
     key, (points, event_shape) = as_key(key), flat(data, "data")
     density = Density(energy, base, event_shape)
-    check_base(density, "data")
+    check_base(base, event_shape, "data")
     if base is not None and base.is_discrete:
         raise EnergyError("evaluate takes continuous events, and the base is discrete.")
     if num_points < 1:

@@ -109,7 +109,7 @@ def stein_test(
     num_axes = 2 if chains else 1
     lead, event_shape = (len(points), *event_shape)[:num_axes], event_shape[num_axes - 1 :]
     density = Density(energy, base, event_shape)
-    check_base(density, "points")
+    check_base(base, event_shape, "points")
     places = unconstrained(density, points.reshape(math.prod(lead), -1))
     if bad := int(jnp.sum(~jnp.all(jnp.isfinite(places), axis=1))):
         raise EnergyError(f"{bad} of {len(places)} points lie on the border of the base's support, or beyond it.")

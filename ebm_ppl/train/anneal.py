@@ -33,7 +33,7 @@ from jax.scipy.special import logsumexp
 
 from ebm_ppl.kernels import MALA, Langevin
 from ebm_ppl.noise import check_levels
-from ebm_ppl.train.objective import Density
+from ebm_ppl.train.objective import Density, check_start
 from ebm_ppl.train.walkers import Dynamics, next_step_size, walk
 from ebm_ppl.typing import Array, EnergyError, PRNGKey, as_key
 
@@ -81,7 +81,9 @@ def anneal(
             acceptance of all walkers from move to move.
 
     Raises:
-        EnergyError: for an unadjusted kernel, whose bias these weights do not know, or levels that do not grow.
+        EnergyError: for an unadjusted kernel, whose bias these weights do not know, levels that do not grow, or no
+            walkers.
+        EnergyShapeError: where start and base are not of the same single events.
 
     Example:
         >>> levels = ebm_ppl.noise_levels(0.05, 3.0, 16)
@@ -91,7 +93,9 @@ def anneal(
     check_levels(levels)
     if isinstance(dynamics.kernel, Langevin):
         raise EnergyError("The weights of annealing need moves that leave each level invariant: MALA() or HMC().")
-    density = Density(energy, base, start.event_shape)
+    if num < 1:
+        raise EnergyError(f"num is 1 at least; got {num}.")
+    density = Density(energy, base, check_start(start, base))
     return _anneal(as_key(key), density, jnp.asarray(levels)[::-1], start, num, resample, dynamics)
 
 

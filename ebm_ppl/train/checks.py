@@ -43,7 +43,10 @@ def as_classes(labels: ArrayLike, density: Density, points: Array) -> Array:
     return jnp.asarray(labels)
 
 
-def check_judgement(judged: Array | None, dim: int, patience: int | None, objective: Objective) -> None:
+def check_judgement(
+    judged: tuple[int, ...] | None, event_shape: tuple[int, ...], patience: int | None, objective: Objective
+) -> None:
+    """Refuses events of these shapes, held out and trained on, where they are not to be compared."""
     if patience is not None and (judged is None or patience < 1):
         raise EnergyError("patience is a number of judgements, 1 at least, of points to judge: pass held_out=...")
     if judged is not None and not objective.is_comparable:
@@ -51,13 +54,13 @@ def check_judgement(judged: Array | None, dim: int, patience: int | None, object
             f"The loss of {objective.name} of one step cannot be compared with another's, so that it judges nothing "
             "held out: leave held_out and patience away."
         )
-    if judged is not None and judged.shape[1] != dim:
-        raise EnergyShapeError(f"held_out has events of {judged.shape[1]} numbers, data of {dim}.")
+    if judged is not None and judged != event_shape:
+        raise EnergyShapeError(f"An event of held_out has shape {judged}, one of data {event_shape}.")
 
 
 def check_events(density: Density, points: Array, objective: Objective) -> None:
     """The energy of one event is one number, and the base one of such events."""
-    check_base(density, "data")
+    check_base(density.base, density.event_shape, "data")
     if density.base is not None:
         if density.base.is_discrete and objective.is_continuous:
             raise EnergyError(

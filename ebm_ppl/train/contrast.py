@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
 
-from ebm_ppl.train.objective import Density, Metrics, Objective, log_prob
+from ebm_ppl.train.objective import Density, Metrics, Objective, check_base, log_prob
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
 
 
@@ -52,6 +52,7 @@ class NoiseContrast(Objective):
     def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
         if self._noise(density) is None:
             raise EnergyError("NoiseContrast needs noise to tell data from: pass noise=..., or base=... to fit.")
+        check_base(self.noise, density.event_shape, "data", "noise")
         return {"log_z": jnp.zeros((), data.dtype)}, ()
 
     def _noise(self, density: Density) -> Any:
@@ -61,7 +62,7 @@ class NoiseContrast(Objective):
         self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
     ) -> tuple[Array, tuple[Any, Metrics]]:
         noise, num = self._noise(density), len(batch)
-        drawn = noise.sample(key, (self.ratio * num,)).reshape(self.ratio * num, -1)
+        drawn = noise.sample(key, (self.ratio * num,)).reshape(self.ratio * num, -1).astype(batch.dtype)
 
         def logit(x: Array) -> Array:
             log_noise = log_prob(noise, x.reshape(density.event_shape))

@@ -126,13 +126,13 @@ def fit(
         >>> fitted = ebm_ppl.fit(jax.random.key(1), energy, data, ebm_ppl.ScoreMatching(), base=base)
     """
     key, (points, event_shape) = as_key(key), flat(data, "data")
-    judged = None if held_out is None else flat(held_out, "held_out")[0]
+    judged, judged_shape = (None, None) if held_out is None else flat(held_out, "held_out")
     for name, number in {"num_steps": num_steps, "batch_size": batch_size, "every": every}.items():
         if number < 1:
             raise EnergyError(f"{name} is 1 at least; got {number}.")
     if not 0 <= averaging < 1:
         raise EnergyError(f"averaging is a decay from 0 to 1, exclusive; got {averaging}.")
-    check_judgement(judged, points.shape[1], patience, objective)
+    check_judgement(judged_shape, event_shape, patience, objective)
     density = Density(energy, base, event_shape)
     classes = None if labels is None else as_classes(labels, density, points)
     trainable, fixed = eqx.partition(energy, eqx.is_inexact_array, is_leaf=lambda x: isinstance(x, NonTrainable))

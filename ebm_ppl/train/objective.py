@@ -167,15 +167,25 @@ def flat(data: ArrayLike, name: str) -> tuple[Array, tuple[int, ...]]:
     return data.reshape(len(data), -1), data.shape[1:]
 
 
-def check_base(density: Density, name: str) -> None:
-    """The base, where there is one, is of single events, and of their shape.
+def check_base(base: dist.Distribution | None, event_shape: tuple[int, ...], name: str, role: str = "base") -> None:
+    """The base, or another distribution, where there is one, is of single events, and of their shape.
 
     Raises:
         EnergyShapeError: where it is not, with both shapes.
     """
-    base = density.base
-    if base is not None and (base.event_shape != density.event_shape or base.batch_shape):
+    if base is not None and (base.event_shape != event_shape or base.batch_shape):
         raise EnergyShapeError(
-            f"The base has event shape {base.event_shape} and batch shape {base.batch_shape}; an event of {name} "
-            f"has shape {density.event_shape}. `.expand(...)` and `.to_event(...)` make one event of it."
+            f"The {role} has event shape {base.event_shape} and batch shape {base.batch_shape}; an event of {name} "
+            f"has shape {event_shape}. `.expand(...)` and `.to_event(...)` make one event of it."
         )
+
+
+def check_start(start: dist.Distribution, base: dist.Distribution | None) -> tuple[int, ...]:
+    """The event shape of a distribution that walkers start from, which is one of single events, as the base is.
+
+    Raises:
+        EnergyShapeError: where one of them is not.
+    """
+    check_base(start, start.event_shape, "draws", "start")
+    check_base(base, start.event_shape, "draws")
+    return start.event_shape

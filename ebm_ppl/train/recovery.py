@@ -33,7 +33,7 @@ import numpyro.distributions as dist
 
 from ebm_ppl.kernels import Langevin
 from ebm_ppl.noise import check_levels
-from ebm_ppl.train.objective import Density, Metrics, Objective, require_levels
+from ebm_ppl.train.objective import Density, Metrics, Objective, check_start, require_levels
 from ebm_ppl.train.walkers import Dynamics, next_step_size, walk
 from ebm_ppl.typing import Array, EnergyError, PRNGKey, as_key
 
@@ -125,10 +125,16 @@ def recover(
         base: as in `fit`.
         dynamics: the moves at each level, in the units of `RecoveryLikelihood`; their step size stays as it is.
 
+    Raises:
+        EnergyError: for levels that do not grow, fewer than two of them, or no draws.
+        EnergyShapeError: where start and base are not of the same single events.
+
     Reference: Gao, Song, Poole, Wu and Kingma (2021).
     """
     _check_chain(levels)
-    density = Density(energy, base, start.event_shape)
+    if num < 1:
+        raise EnergyError(f"num is 1 at least; got {num}.")
+    density = Density(energy, base, check_start(start, base))
     return _recover(as_key(key), density, jnp.asarray(levels), start, num, dynamics)
 
 

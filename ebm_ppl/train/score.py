@@ -119,6 +119,8 @@ class DenoisingScoreMatching(Objective):
     is_continuous = True
 
     def __check_init__(self):
+        if not isinstance(self.noise, float | int | tuple):
+            raise EnergyError(f"noise is one standard deviation, or a tuple of them; got {self.noise!r}.")
         check_levels(self.noise if isinstance(self.noise, tuple) else (self.noise,))
 
     def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:

@@ -246,3 +246,14 @@ def test_other_settings_out_of_range_are_refused():
         ebm.anneal(jax.random.key(0), Modes(FAR, ODDS), LEVELS, LINE, dynamics=Dynamics())
     with pytest.raises(ebm.EnergyError, match="two levels at least"):
         ebm.RecoveryLikelihood((0.1,))
+
+
+@pytest.mark.parametrize("draw", [ebm.anneal, ebm.recover])
+def test_a_start_or_base_of_other_events_is_refused(draw):
+    with pytest.raises(ebm.EnergyShapeError, match=r"The start has event shape \(\) and batch shape \(1,\)"):
+        draw(jax.random.key(0), Modes(FAR, ODDS), LEVELS, dist.Normal(0.0, 1.0).expand([1]))
+    with pytest.raises(ebm.EnergyShapeError, match=r"The base has event shape \(2,\)"):
+        base = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+        draw(jax.random.key(0), Modes(FAR, ODDS), LEVELS, LINE, base=base)
+    with pytest.raises(ebm.EnergyError, match="num is 1 at least"):
+        draw(jax.random.key(0), Modes(FAR, ODDS), LEVELS, LINE, num=0)

@@ -306,6 +306,28 @@ def test_neighbours_and_noise_outside_of_the_support_have_no_density():
     assert float(loss) == pytest.approx(float(np.mean(np.logaddexp(0, -logit(batch))) + np.mean(of_noise)))
 
 
+@pytest.mark.parametrize("shape", [(), (2,)], ids=["no batch", "batch"])
+def test_noise_of_other_events_is_refused(shape):
+    """A batch of noise would else be as many classifiers, and log Z that of none."""
+    noise = ebm.NoiseContrast(dist.Normal(0.0, 3.0).expand(shape))
+    with pytest.raises(ebm.EnergyShapeError, match=r"The noise has event shape \(\)"):
+        ebm.fit(jax.random.key(0), ebm.MLPEnergy(jax.random.key(0), 2), np.ones((20, 2)), noise)
+
+
+def test_noise_of_bits_is_for_any_network():
+    """Convolutions take numbers of one kind alone."""
+    image, base = ebm.ConvEnergy(jax.random.key(0), (2, 2), (4,)), dist.Bernoulli(0.5).expand([2, 2]).to_event(2)
+    fitted = ebm.fit(
+        jax.random.key(0), image, np.ones((8, 2, 2)), ebm.NoiseContrast(), base=base, num_steps=2, progress_bar=False
+    )
+    assert np.isfinite(fitted.parameters["log_z"])
+
+
+def test_levels_in_a_list_are_refused():
+    with pytest.raises(ebm.EnergyError, match="a tuple of them"):
+        ebm.DenoisingScoreMatching([0.1, 1.0])  # pyright: ignore
+
+
 @pytest.mark.parametrize(
     ("objective", "base", "message"),
     [
