@@ -31,7 +31,7 @@ from paramax import NonTrainable
 
 from ebm_ppl import checkpoint as files
 from ebm_ppl.train.checks import as_classes, check_events, check_finite, check_judgement, warn_of_few_draws, warn_of_gap
-from ebm_ppl.train.objective import Density, Metrics, Objective, flat
+from ebm_ppl.train.objective import Density, Metrics, Objective, flat, log_prob
 from ebm_ppl.train.record import Record
 from ebm_ppl.typing import Array, ArrayLike, EnergyError, NonFiniteEnergyError, PRNGKey, as_key
 
@@ -157,7 +157,7 @@ def fit(
     trained = trainable, parameters
     run = Run(jnp.zeros((), int), trained, trained, given.optimiser.init(trained), state, jnp.arange(len(points)))
     done = Done(run, trained, Record({}, np.zeros(0)))
-    settings = _settings(given, every)
+    settings = _settings(given, judged, every)
     if checkpoint is not None and Path(checkpoint).exists():
         done = _read(checkpoint, done, given, settings)
     with _bar(num_steps, int(done.run.step), objective.name, progress_bar) as bar:
@@ -294,21 +294,26 @@ def _read(path: str | Path, done: Done, given: Given, settings: dict[str, Any]) 
     return files.load(path, like, settings)
 
 
-def _settings(given: Given, every: int) -> dict[str, Any]:
+def _settings(given: Given, judged: Array | None, every: int) -> dict[str, Any]:
     """What a run must have in common with one that it goes on from."""
+    # By what it says of an event, since the leaves of a NumPyro distribution are in another order in each process.
+    event = given.data[0].reshape(given.event_shape)
+    base = None if given.base is None else f"log density {float(log_prob(given.base, event)):.4g} of the first event"
     return {
         "objective": repr(given.objective),
         "key": np.asarray(jax.random.key_data(given.key)).tolist(),
         "data": _digest(given.data),
-        "labels": None if given.labels is None else _digest(given.labels),
+        "labels": _digest(given.labels),
+        "held_out": _digest(judged),
+        "base": base,
         "batch_size": given.batch_size,
         "averaging": given.averaging,
         "every": every,
     }
 
 
-def _digest(array: Array) -> str:
-    return hashlib.sha256(np.asarray(array).tobytes()).hexdigest()[:16]
+def _digest(array: Array | None) -> str | None:
+    return None if array is None else hashlib.sha256(np.asarray(array).tobytes()).hexdigest()[:16]
 
 
 def _bar(num_steps: int, initial: int, name: str, shown: bool) -> Any:

@@ -26,7 +26,7 @@ def fit(objective, data=None, seed=0, **settings):
     energy = ebm.MLPEnergy(jax.random.key(0), 1, width=8)
     settings = {"num_steps": 40, "every": 10, "batch_size": 32, "progress_bar": False, "averaging": 0.9} | settings
     data = two_modes(200) if data is None else data
-    return ebm.fit(jax.random.key(seed), energy, data, objective, base=BASE, **settings)
+    return ebm.fit(jax.random.key(seed), energy, data, objective, **{"base": BASE} | settings)
 
 
 def arrays(tree):
@@ -102,6 +102,8 @@ def test_a_damaged_checkpoint_is_refused_and_not_executed(kind, tmp_path):
         ({"batch_size": 16}, "batch_size"),
         ({"averaging": 0.0}, "averaging"),
         ({"optimiser": optax.sgd(0.1)}, "structure|shapes"),
+        ({"base": dist.Normal(0.0, 5.0).expand([1]).to_event(1)}, "base"),
+        ({"held_out": two_modes(20)}, "held_out"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
