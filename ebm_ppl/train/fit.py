@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -169,7 +170,7 @@ def fit(
             bar.set_postfix_str(f"loss {done.record.metrics['loss'][-1]:.4g}")
     warn_of_gap(done.record.metrics, points.shape[1], objective)
     warn_of_few_draws(done.record.metrics, objective)
-    attrs = {"objective": objective.name, "batch_size": given.batch_size, "settings": repr(objective)}
+    attrs = {"objective": objective.name, "batch_size": given.batch_size, "settings": _written(objective)}
     record = done.record.as_datatree(every, attrs)
     trainable, parameters = done.best
     return Fitted(eqx.combine(trainable, fixed), record, done.run.state, parameters)
@@ -300,7 +301,7 @@ def _settings(given: Given, judged: Array | None, every: int) -> dict[str, Any]:
     event = given.data[0].reshape(given.event_shape)
     base = None if given.base is None else f"log density {float(log_prob(given.base, event)):.4g} of the first event"
     return {
-        "objective": repr(given.objective),
+        "objective": _written(given.objective),
         "key": np.asarray(jax.random.key_data(given.key)).tolist(),
         "data": _digest(given.data),
         "labels": _digest(given.labels),
@@ -310,6 +311,11 @@ def _settings(given: Given, judged: Array | None, every: int) -> dict[str, Any]:
         "averaging": given.averaging,
         "every": every,
     }
+
+
+def _written(objective: Objective) -> str:
+    """Its settings, without where in memory the parts are: a process that goes on has them elsewhere."""
+    return re.sub(" at 0x[0-9a-f]+", "", repr(objective))
 
 
 def _digest(array: Array | None) -> str | None:

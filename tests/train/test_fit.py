@@ -52,6 +52,16 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(name, tmp_path):
         assert_identical(fit(OBJECTIVES[name], checkpoint=path), whole)  # and is not run again where it is done
 
 
+def test_what_an_objective_is_made_of_may_be_elsewhere_in_memory(tmp_path):
+    """As it is in the process that goes on with a run."""
+
+    def run():
+        noise = dist.Normal(0.0, 3.0).expand([1]).to_event(1)
+        return fit(ebm.NoiseContrast(noise), checkpoint=tmp_path / "a")
+
+    assert_identical(run(), run())
+
+
 def test_what_was_best_is_in_the_checkpoint_too(tmp_path):
     settings = {"held_out": two_modes(100, seed=1), "patience": 2, "optimiser": optax.adam(0.05), "num_steps": 400}
     whole = fit(ebm.ScoreMatching(), **settings)
