@@ -23,6 +23,8 @@ from ebm_ppl.logz.integral import effective_size
 from ebm_ppl.train.objective import flat
 from ebm_ppl.typing import ArrayLike, EnergyError, EnergyShapeError
 
+SHORTEST = 4
+"""Draws of a chain that say something of its effective size."""
 INDEPENDENT = 2.0
 """Spacings apart at which a chain of order one keeps a correlation of .02."""
 
@@ -100,6 +102,6 @@ def _least(values: np.ndarray) -> float:
 
 def _chains(points: ArrayLike) -> np.ndarray:
     draws = np.asarray(points)
-    if draws.ndim < 2 or min(draws.shape[:2]) < 1 or draws.shape[1] < 4:
+    if draws.ndim < 2 or min(draws.shape[:2]) < 1 or draws.shape[1] < SHORTEST:
         raise EnergyError(f"Chains have shape (chain, draw, *event_shape), of four draws at least; got {draws.shape}.")
     return draws

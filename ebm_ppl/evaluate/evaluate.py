@@ -41,7 +41,7 @@ from numpyro.distributions import constraints
 from ebm_ppl import evidence
 from ebm_ppl.arviz import log_z_to_datatree
 from ebm_ppl.distribution import energy_factor
-from ebm_ppl.evaluate.chains import mode_weights, thinned
+from ebm_ppl.evaluate.chains import SHORTEST, mode_weights, thinned
 from ebm_ppl.evaluate.significance import Significance, check_simulations, holm
 from ebm_ppl.evaluate.stein import stein_test
 from ebm_ppl.evaluate.two_sample import classifier_test, mmd_test
@@ -111,7 +111,8 @@ def evaluate(
             `ParallelTempering()` or `SMC()`.
         centres: of modes whose weights are wanted, shape (num_centres, *event_shape).
         tests: whether to make the tests.
-        num_points: at most so many points of each sample are tested, chosen at random; the cost goes as its square.
+        num_points: at most so many points of each sample are tested (of chains, four of each at least), chosen at
+            random, or evenly along chains; the cost goes as its square.
         num_simulations: of the bootstrap and of the permutations.
         progress_bar: whether to show the progress of the chains.
 
@@ -250,7 +251,7 @@ def _given(samples: ArrayLike, event_shape: tuple[int, ...]) -> xr.DataTree:
     from arviz_base import from_dict
 
     draws = np.asarray(samples)
-    if draws.ndim < 2 or draws.shape[2:] != event_shape or draws.shape[1] < 4:
+    if draws.ndim < 2 or draws.shape[2:] != event_shape or draws.shape[1] < SHORTEST:
         raise EnergyShapeError(
             f"samples have shape {draws.shape}; expected (chain, draw, *event_shape) of events of shape {event_shape}, "
             "and four draws at least. Independent ones are a single chain: samples[None]."
@@ -263,12 +264,17 @@ def _given(samples: ArrayLike, event_shape: tuple[int, ...]) -> xr.DataTree:
 
 
 def _convergence(tree: xr.DataTree) -> Columns:
-    """R-hat and ESS of every coordinate, by ArviZ."""
+    """R-hat and ESS of every coordinate, by ArviZ; of a single chain, R-hat of its halves."""
+    import xarray as xr
     from arviz_stats import ess, rhat
 
-    draws = tree["posterior"].to_dataset()[["x"]]
+    draws = halves = tree["posterior"].to_dataset()[["x"]]
+    if draws.sizes["chain"] == 1 and (half := draws.sizes["draw"] // 2) >= SHORTEST:
+        places = draws.drop_vars("draw")
+        parts = places.isel(draw=slice(half)), places.isel(draw=slice(half, 2 * half))
+        halves = xr.concat(parts, "chain").assign_coords(chain=range(2))
     with np.errstate(divide="ignore", invalid="ignore"):  # coordinates that never change
-        found = {"rhat": rhat(draws), "ess_bulk": ess(draws), "ess_tail": ess(draws, method="tail")}
+        found = {"rhat": rhat(halves), "ess_bulk": ess(draws), "ess_tail": ess(draws, method="tail")}
     return {name: each["x"].drop_attrs() for name, each in found.items()}
 
 
@@ -324,10 +330,11 @@ def _tests(
     """Every test of the module's table; one that cannot be made is NaN, with the reason."""
     keys = jax.random.split(key, 5)
     apart = _some(keys[0], jnp.asarray(thinned(drawn)), num_points)
+    every = min(math.ceil(drawn.shape[0] * drawn.shape[1] / num_points), drawn.shape[1] // SHORTEST)
     stein: dict[str, Any] = {"base": density.base, "num_bootstrap": num_simulations}
     made: dict[str, Callable[[], Significance]] = {
         "stein_data": lambda: stein_test(keys[1], density.energy, data, **stein),
-        "stein_samples": lambda: stein_test(keys[2], density.energy, drawn, chains=True, **stein),
+        "stein_samples": lambda: stein_test(keys[2], density.energy, drawn[:, ::every], chains=True, **stein),
         "mmd": lambda: mmd_test(keys[3], data, apart, num_permutations=num_simulations),
         "classifier": lambda: classifier_test(keys[4], data, apart),
     }

@@ -71,10 +71,11 @@ def median_distance(key: PRNGKey, points: Array) -> Array:
 
 
 def simulated_p_value(statistic: Array, simulated: Array) -> Array:
-    """Share of the simulated statistics, and the one observed, that are as large: never zero."""
+    """Share of the simulated statistics, and the one observed, that are as large: never zero, and NaN where one is."""
     # Equal but for rounding is as large: on a handful of points many simulated ones are the observed one.
     slack = 1e3 * jnp.finfo(simulated.dtype).eps * jnp.max(jnp.abs(simulated), initial=0.0)
-    return (1 + jnp.sum(simulated >= statistic - slack)) / (1 + len(simulated))
+    limit = statistic - slack
+    return jnp.where(jnp.isnan(limit), jnp.nan, (1 + jnp.sum(simulated >= limit)) / (1 + len(simulated)))
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:

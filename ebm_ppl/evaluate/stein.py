@@ -39,7 +39,7 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import biject_to, constraints
 
-from ebm_ppl.evaluate.chains import spacing
+from ebm_ppl.evaluate.chains import SHORTEST, spacing
 from ebm_ppl.evaluate.significance import (
     Significance,
     check_scale,
@@ -93,7 +93,7 @@ def stein_test(
     Raises:
         EnergyError: for too few points, points at the border of the support, or discrete ones.
         EnergyShapeError: where points are no events of the base, or the energy of one is not one number.
-        NonFiniteEnergyError: where the score of a point is not finite.
+        NonFiniteEnergyError: where the score of a point is not finite, or too large.
 
     References: Chwialkowski, Strathmann and Gretton (2016); Gorham and Mackey (2017).
 
@@ -108,6 +108,8 @@ def stein_test(
     points, event_shape = flat(points, "points")
     num_axes = 2 if chains else 1
     lead, event_shape = (len(points), *event_shape)[:num_axes], event_shape[num_axes - 1 :]
+    if chains and (len(lead) < 2 or lead[1] < SHORTEST):
+        raise EnergyError(f"Chains have shape (chain, draw, *event_shape), of four draws at least; got {lead}.")
     density = Density(energy, base, event_shape)
     check_base(base, event_shape, "points")
     places = unconstrained(density, points.reshape(math.prod(lead), -1))
@@ -126,6 +128,11 @@ def stein_test(
     found = check_scale(median_distance(key_scale, places) if scale is None else scale)
     signs = wild_signs(key_signs, lead, num_bootstrap, PERSISTENCE if chains else 0.0)
     statistic, p_value = bootstrap(places, slopes, jnp.asarray(found, places.dtype), signs.astype(places.dtype))
+    if math.isnan(p_value):
+        raise NonFiniteEnergyError(
+            f"The Stein kernel is not finite: gradients of the energy go up to {float(jnp.max(jnp.abs(slopes))):.3g}, "
+            "whose products overflow."
+        )
     return Significance(float(statistic), float(p_value), len(places), found)
 
 

@@ -146,7 +146,7 @@ def classifier_test(
         that of as many tosses of a coin, which vary as much as any classifier that has learned nothing, or more.
 
     Raises:
-        EnergyError: for too few points, or points that are not finite.
+        EnergyError: for too few points, points that are not finite, or a classifier that is not.
         EnergyShapeError: for events of different shapes.
 
     Reference: Lopez-Paz and Oquab (2017).
@@ -164,6 +164,8 @@ def classifier_test(
     x, y = jax.random.permutation(key_x, x)[:num], jax.random.permutation(key_y, y)[:num]
     optimiser = _adam() if optimiser is None else optimiser
     right = int(_num_right(key_train, x, y, width, depth, num_steps, batch_size, optimiser))
+    if right < 0:
+        raise EnergyError("The classifier is not finite: points are too large for their squares, or its rate is.")
     return Significance(right / num, float(bdtrc(right - 1, num, 0.5)), num)
 
 
@@ -184,7 +186,7 @@ def _num_right(
     batch_size: int,
     optimiser: optax.GradientTransformation,
 ) -> Array:
-    """How many points of the second halves a network trained on the first ones calls by their name."""
+    """How many points of the second halves a network trained on the first ones calls by their name; -1 for a NaN."""
     half = len(x) // 2
     train, test = (jnp.concatenate([x[part], y[part]]) for part in (slice(None, half), slice(half, None)))
     mean, spread = jnp.mean(train, axis=0), jnp.std(train, axis=0)
@@ -205,7 +207,8 @@ def _num_right(
         return (optax.apply_updates(arrays, updates), memory), None
 
     (arrays, _), _ = jax.lax.scan(step, (arrays, optimiser.init(arrays)), jax.random.split(key_steps, num_steps))
-    return jnp.sum(margins(arrays, test, signs) > 0)
+    found = margins(arrays, test, signs)
+    return jnp.where(jnp.all(jnp.isfinite(found)), jnp.sum(found > 0), -1)
 
 
 def _samples(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:

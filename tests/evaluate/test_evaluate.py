@@ -177,6 +177,21 @@ def test_chains_that_disagree_are_in_doubt():
     check("an R-hat of up to", samples=np.stack([np.abs(draws(0, 200)), -np.abs(draws(1, 200))]))
 
 
+def test_independent_draws_as_a_single_chain_are_not_in_doubt():
+    """And one chain that goes from one mode to the other, once, is."""
+    data, settings = draws(1, 50), {"log_z": LOG_Z, "tests": False}
+    found = ebm.evaluate(jax.random.key(0), ENERGY, data, samples=draws(0, 1, 1000), **settings)
+    assert found.attrs["doubts"] == "" and 0.99 < float(found["convergence"]["rhat"].max()) < 1.01
+    check("an R-hat of up to", samples=np.sort(draws(0, 1, 1000), axis=1))
+
+
+def test_draws_of_chains_are_tested_up_to_the_number_that_is_wanted():
+    data, settings = draws(1, 50), {"log_z": LOG_Z, "num_points": 120, "num_simulations": 19}
+    found = ebm.evaluate(jax.random.key(0), ENERGY, data, samples=draws(0, 2, 400), **settings)
+    num = dict(zip(found["tests"]["test"].values, found["tests"]["num_points"].values, strict=True))
+    assert 100 < num["stein_samples"] <= 120 and num["mmd"] == 170
+
+
 def test_energies_that_are_not_finite_are_counted():
     beyond = lambda x: jnp.where(x[0] > 2.0, jnp.inf, ENERGY(x))  # noqa: E731
     data = draws(1, 50)

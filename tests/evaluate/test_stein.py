@@ -230,6 +230,17 @@ def test_what_makes_no_sense_is_refused(points, settings, error, message):
         ebm.stein_test(jax.random.key(0), bell, points, **settings)
 
 
+def test_scores_whose_products_overflow_are_refused():
+    """Their statistic is a NaN, than which no simulated one is larger."""
+    with pytest.raises(ebm.NonFiniteEnergyError, match=r"gradients of the energy go up to .*e\+200"):
+        ebm.stein_test(jax.random.key(0), lambda x: 1e200 * x @ x, np.linspace(-1, 1, 20)[:, None])
+
+
+def test_chains_that_are_too_short_are_refused():
+    with pytest.raises(ebm.EnergyError, match="four draws at least"):
+        ebm.stein_test(jax.random.key(0), lambda x: x @ x, np.random.default_rng(0).normal(size=(5, 3, 1)), chains=True)
+
+
 def test_scores_that_are_not_finite_are_refused():
     with pytest.raises(ebm.NonFiniteEnergyError, match="not finite at 1 of 20 points"):
         ebm.stein_test(jax.random.key(0), lambda x: jnp.sum(jnp.sqrt(x)), BELL)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.stats as st
 from limits import FAMILY_WISE, t_limit
@@ -132,6 +133,12 @@ def test_holm_keeps_false_alarms_below_the_level():
 def test_what_makes_no_sense_is_refused(x, y, settings, error, message):
     with pytest.raises(error, match=message):
         ebm.mmd_test(jax.random.key(0), x, y, **settings)
+
+
+def test_a_classifier_that_is_not_finite_is_told_of():
+    x = np.random.default_rng(0).normal(size=(2, 50, 1))
+    with pytest.raises(ebm.EnergyError, match="classifier is not finite"):
+        ebm.classifier_test(jax.random.key(0), x[0], x[1] + 3, optimiser=optax.sgd(1e300))
 
 
 def test_settings_of_a_classifier_are_checked():
