@@ -158,7 +158,9 @@ def test_the_average_of_parameters_is_theirs_over_the_steps():
     np.testing.assert_allclose(fitted.record["training"]["weight"], met + 1)
 
 
-@pytest.mark.parametrize("settings", [{"averaging": 0.9}, {"held_out": two_modes(10), "every": 1}], ids=lambda x: [*x][0])
+@pytest.mark.parametrize(
+    "settings", [{"averaging": 0.9}, {"held_out": two_modes(10), "every": 1}], ids=["average", "best"]
+)
 def test_the_parameters_of_the_objective_are_those_that_belong_to_the_energy(settings):
     """Both take the same steps here, there and back again: the best is not the last."""
 
