@@ -177,6 +177,24 @@ def test_chains_that_disagree_are_in_doubt():
     check("an R-hat of up to", samples=np.stack([np.abs(draws(0, 200)), -np.abs(draws(1, 200))]))
 
 
+def test_discrete_events_have_a_likelihood_where_log_z_and_draws_are_given():
+    """Of a Boltzmann machine of three bits, by the sum over its states."""
+    bits, states = dist.Bernoulli(0.3).expand([3]).to_event(1), np.asarray(ebm.enumerate_states(3))
+    energy = ebm.BoltzmannEnergy(jax.random.key(0), 3)
+    energy = eqx.tree_at(lambda x: x.bias, energy, jnp.array([1.0, -1.0, 0.5]))
+    log_density = np.asarray(bits.log_prob(states) - jax.vmap(energy)(states))
+    value = ebm.enumerate_log_z(lambda x: energy(x) - bits.log_prob(x), 3)
+    p = np.exp(log_density - float(value))
+    assert p.sum() == pytest.approx(1)
+    rng = np.random.default_rng(0)
+    data, samples = (states[rng.choice(8, shape, p=p)] for shape in (200, (2, 400)))
+    found = ebm.evaluate(jax.random.key(0), energy, data, base=bits, log_z=value, samples=samples, num_simulations=99)
+    each = np.log(p)[(data @ [4, 2, 1]).astype(int)]
+    np.testing.assert_allclose(found["log_likelihood"]["x"], each, rtol=1e-6)
+    assert found["tests"]["test"].values.tolist() == ["mmd", "classifier"] and found.attrs["doubts"] == ""
+    assert np.all(found["tests"]["p_value"] > 1e-4)
+
+
 def test_independent_draws_as_a_single_chain_are_not_in_doubt():
     """And one chain that goes from one mode to the other, once, is."""
     data, settings = draws(1, 50), {"log_z": LOG_Z, "tests": False}
@@ -231,7 +249,7 @@ def test_doubts_about_log_z_are_kept():
     [
         ({"data": np.full((5, 1), np.nan)}, ebm.EnergyError, "data has 5 of 5 events"),
         ({"base": dist.Normal(0.0, 1.0)}, ebm.EnergyShapeError, r"base has event shape \(\)"),
-        ({"base": dist.Poisson(1.0).expand([1]).to_event(1)}, ebm.EnergyError, "discrete"),
+        ({"base": dist.Poisson(1.0).expand([1]).to_event(1), "log_z": None}, ebm.EnergyError, "discrete"),
         ({"energy": lambda x: x}, ebm.EnergyShapeError, "one number for each event"),
         ({"samples": np.zeros((100, 1))}, ebm.EnergyShapeError, r"samples\[None\]"),
         ({"samples": np.full((2, 100, 1), np.inf)}, ebm.EnergyError, "200 of 200 samples are not finite"),
