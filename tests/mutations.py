@@ -848,7 +848,7 @@ MUTATIONS = (
     Mutation(
         "evaluate: a simulated p-value of the tail below",
         "evaluate/significance.py",
-        "jnp.sum(simulated >= statistic - slack)",
+        "jnp.sum(simulated >= limit)",
         "jnp.sum(simulated <= statistic + slack)",
         ("evaluate/test_stein.py::test_power[shifted by .3]", "evaluate/test_two_sample.py::test_power"),
     ),
@@ -869,8 +869,8 @@ MUTATIONS = (
     Mutation(
         "evaluate: a classifier judged at what it was trained on",
         "evaluate/two_sample.py",
-        "return jnp.sum(margins(arrays, test, signs) > 0)",
-        "return jnp.sum(margins(arrays, train, signs) > 0)",
+        "found = margins(arrays, test, signs)",
+        "found = margins(arrays, train, signs)",
         ("evaluate/test_two_sample.py::test_classifier_that_learns_nothing_is_a_coin",),
     ),
     Mutation(
