@@ -17,6 +17,7 @@ from ebm_ppl.train.walkers import Dynamics
 OBJECTIVES = {
     "score": ebm.ScoreMatching(),
     "noise": ebm.NoiseContrast(),
+    "likelihood": ebm.MonteCarloLikelihood(64),
     "persistent": ebm.PersistentContrastiveDivergence(64, 0.1, Dynamics(ebm.MALA(), 2)),
     "jarzynski": ebm.Jarzynski(64),
 }

@@ -48,6 +48,7 @@ def answers(num):
         (ebm.DenoisingScoreMatching(0.3), *of_line),
         (ebm.EnergyDiscrepancy(), *of_line),
         (ebm.NoiseContrast(), *of_line),
+        (ebm.MonteCarloLikelihood(256), *of_line),
         (ebm.ContrastiveDivergence(moves), *of_line),
         (ebm.PersistentContrastiveDivergence(256, dynamics=moves), *of_line),
         (ebm.Jarzynski(256), *of_line),
@@ -77,7 +78,7 @@ def answers(num):
 def test_runs_end_where_those_of_double_precision_do(run_in_float32):
     source = f"import json\n{inspect.getsource(answers)}\nprint(json.dumps(answers({NUM})))"
     single, double = json.loads(run_in_float32(source).strip().splitlines()[-1]), answers(NUM)
-    assert list(single) == list(double) and len(double) == 14
+    assert list(single) == list(double) and len(double) == 15
     sampled = [name for name in double if name not in DETERMINISTIC]
     limit = t_limit(sum(len(double[name][0]) for name in sampled), 2 * NUM - 2)
     for name in double:
