@@ -180,9 +180,9 @@ print(f"{float(training['log_z_of_driver']):.3f} by the driver")
 
 # %% [markdown]
 # Jarzynski's shares are within .03 of the truth here, and were with two other seeds; contrastive divergence learns next
-# to nothing in as many steps. Persistent walkers cross between these bells, unlike those of the notebook `two_modes`, and
-# come near as well (within .05). They also gain more likelihood: in so few steps Jarzynski's energy learns little but
-# shares, and is no better than a base with the true ones, since what its driver takes for knowledge is in part the
+# to nothing in as many steps. Persistent walkers cross between these bells, unlike those of the notebook `two_modes`,
+# and come near as well (within .05). They also gain more likelihood: in so few steps Jarzynski's energy learns little
+# but shares, and is no better than a base with the true ones, since what its driver takes for knowledge is in part the
 # noise of its walkers.
 
 # %%
@@ -283,11 +283,11 @@ for name, objective in list(joint.items())[: 1 if FAST else None]:
         print(f"    {kind:15s} AUROC of U, of U - log base, of - log base alone: {told}")
 
 # %% [markdown]
-# Joint training costs no accuracy. Its calibration error is a little lower, if not by more than 300 digits can show, and
-# both networks are too sure of themselves, as such small data make them. By cross-entropy alone, `U` calls black on
-# white and noise *more* familiar than digits (an AUROC near 0); jointly trained it no longer does, though as a score
-# it says little by itself, since it only corrects the base. The density of the joint model is `U - log base`, and knows
-# strangers: nearly all of it by the base, as the last column says.
+# Joint training costs no accuracy. Its calibration error is a little lower, if not by more than 300 digits can show,
+# and both networks are too sure of themselves, as so few images make them. By cross-entropy alone, `U` calls black on
+# white and noise *more* familiar than digits (an AUROC near 0); jointly trained it hardly does, though as a score it
+# says little by itself, less of other digits than that of cross-entropy, since it only corrects the base. The density
+# of the joint model is `U - log base`, and knows strangers: nearly all of it by the base, as the last column says.
 #
 # On the left, whether probabilities hold: the confidence of a bin of predictions against how many were right, the
 # larger the point the more of them. Then the energies of kept digits and of strangers, by the two networks.
