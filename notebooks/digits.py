@@ -182,8 +182,8 @@ print(f"{float(training['log_z_of_driver']):.3f} by the driver")
 # Jarzynski's shares are within .03 of the truth here, and were with two other seeds; contrastive divergence learns next
 # to nothing in as many steps. Persistent walkers cross between these bells, unlike those of the notebook `two_modes`,
 # and come near as well (within .05). They also gain more likelihood: in so few steps Jarzynski's energy learns little
-# but shares, and is no better than a base with the true ones, since what its driver takes for knowledge is in part the
-# noise of its walkers.
+# but shares, and is no better than a base with the true ones. A reason may be that what its driver takes for knowledge
+# is in part the noise of its walkers.
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
