@@ -179,7 +179,7 @@ print(f"log Z along the training: {float(training['log_z']):.3f} by the witness,
 print(f"{float(training['log_z_of_driver']):.3f} by the driver")
 
 # %% [markdown]
-# Jarzynski's shares are within .03 of the truth here, and were with two other seeds; contrastive divergence learns next
+# Jarzynski's shares are within .03 of the truth here, and with three other seeds; contrastive divergence learns next
 # to nothing in as many steps. Persistent walkers cross between these bells, unlike those of the notebook `two_modes`,
 # and come near as well (within .05). They also gain more likelihood: in so few steps Jarzynski's energy learns little
 # but shares, and is no better than a base with the true ones. A reason may be that what its driver takes for knowledge
