@@ -20,6 +20,8 @@ MOST_GAP = 10.0
 that has anything to do with the data. That of a model that fits is about zero."""
 LAST = 50
 """Steps over which the gap is averaged."""
+MOST_DRIFT = 1.0
+"""Nats between log Z by the driver and by the witness of weighted walkers, beyond which the driver has lost the model."""
 FEWEST = 30
 """Effective draws of the base, below which the gradient of a step is off by a few per cent or more."""
 
@@ -115,6 +117,23 @@ def warn_of_gap(metrics: dict[str, np.ndarray], dim: int, objective: Objective) 
         "no draws of the model, and the energy is not to be trusted. It changes faster than the walkers move, or these "
         "are stuck where every move is rejected. A smaller learning rate, more moves a step, or Jarzynski(), whose "
         "stuck walkers lose their weight, helps.",
+        EnergyWarning,
+        stacklevel=3,
+    )
+
+
+def warn_of_drift(metrics: dict[str, np.ndarray], objective: Objective) -> None:
+    """Tells of a driver that the energy has learned to escape: its log Z is no longer that of the witness."""
+    if "log_z_of_driver" not in metrics:
+        return
+    drift = float(np.mean((metrics["log_z_of_driver"] - metrics["log_z"])[-LAST:]))
+    if abs(drift) <= MOST_DRIFT:
+        return
+    warnings.warn(
+        f"At the end of training by {objective.name} log Z by the driver is {abs(drift):.3g} nats "
+        f"{'below' if drift < 0 else 'above'} that by the witness: the energy followed the noise of its walkers, and what "
+        "they say of it is not to be trusted. A smaller learning rate, an optimiser without memory (gradient descent), "
+        "more moves in a step or more walkers help.",
         EnergyWarning,
         stacklevel=3,
     )
