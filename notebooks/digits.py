@@ -285,9 +285,10 @@ for name, objective in list(joint.items())[: 1 if FAST else None]:
 # %% [markdown]
 # Joint training costs no accuracy. Its calibration error is a little lower, if not by more than 300 digits can show,
 # and both networks are too sure of themselves, as so few images make them. By cross-entropy alone, `U` calls black on
-# white and noise *more* familiar than digits (an AUROC near 0); jointly trained it hardly does, though as a score it
-# says little by itself, less of other digits than that of cross-entropy, since it only corrects the base. The density
-# of the joint model is `U - log base`, and knows strangers: nearly all of it by the base, as the last column says.
+# white and noise *more* familiar than digits (an AUROC near 0); jointly trained it does not (.7; .4 to .5 in another
+# run), though as a score it says little by itself, less of other digits than that of cross-entropy, since it only
+# corrects the base. The density of the joint model is `U - log base`, and knows strangers: nearly all of it by the
+# base, as the last column says.
 #
 # On the left, whether probabilities hold: the confidence of a bin of predictions against how many were right, the
 # larger the point the more of them. Then the energies of kept digits and of strangers, by the two networks.

@@ -779,9 +779,30 @@ MUTATIONS = (
     Mutation(
         "the trace of score matching with the other sign",
         "train/score.py",
-        "loss = jnp.mean(energies) - trace",
-        "loss = jnp.mean(energies) + trace",
+        "jnp.mean(slope**2 / 2 - curvature)",
+        "jnp.mean(slope**2 / 2 + curvature)",
         ("train/test_objectives.py::test_score_matching_of_a_bell_is_in_closed_form",),
+    ),
+    Mutation(
+        "the Monte Carlo likelihood with the sum of the weights for their mean",
+        "train/likelihood.py",
+        "log_z = logsumexp(log_weights) - jnp.log(float(self.num_draws))",
+        "log_z = logsumexp(log_weights)",
+        ("train/test_objectives.py::test_log_z_of_the_monte_carlo_likelihood_is_unbiased",),
+    ),
+    Mutation(
+        "the Monte Carlo likelihood with weights the other way",
+        "train/likelihood.py",
+        "log_weights = -energies",
+        "log_weights = energies",
+        ("train/test_objectives.py::test_gradient_is_that_of_the_likelihood",),
+    ),
+    Mutation(
+        "a buffer of which the first walkers move more often",
+        "train/likelihood.py",
+        "jax.random.randint(key_choice, (), 0, self.num_walkers)",
+        "jax.random.randint(key_choice, (), 0, self.num_walkers // 2)",
+        ("train/test_objectives.py::test_walkers_of_a_buffer_are_chosen_alike",),
     ),
     Mutation(
         "noise contrast without the ratio of noise to data",

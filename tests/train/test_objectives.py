@@ -182,7 +182,7 @@ def test_walkers_of_a_buffer_are_chosen_alike():
     objective = ebm.PersistentContrastiveDivergence(10, dynamics=Dynamics(ebm.Langevin(), 1, 0.1))
     density, batch = Density(QUARTIC, NEAR, (1,)), jnp.asarray(two_modes(4))
     _, state = objective.init(jax.random.key(0), density, batch)
-    step = jax.vmap(lambda key: objective.loss(key, density, (), state, batch)[1][0].points)
+    step = jax.jit(jax.vmap(lambda key: objective.loss(key, density, (), state, batch)[1][0].points))
     moved = np.asarray(step(jax.random.split(jax.random.key(1), 1000)) != state.points)[..., 0]
     assert np.all(moved.sum(axis=1) == 4)
     assert st.chisquare(moved.sum(axis=0)).pvalue > 1e-3
