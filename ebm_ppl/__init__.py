@@ -13,6 +13,7 @@ from ebm_ppl.evaluate.stein import stein_test
 from ebm_ppl.evaluate.two_sample import classifier_test, mmd_test
 from ebm_ppl.evidence import log_z, log_z_stream, read_log_z
 from ebm_ppl.flow import Flow
+from ebm_ppl.flow_distribution import FlowDistribution
 from ebm_ppl.independence import Independence
 from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
 from ebm_ppl.kernels import HMC, MALA, MCLMC, NUTS, Langevin
@@ -93,6 +94,7 @@ __all__ = [
     "FittedLatent",
     "FittedReference",
     "Flow",
+    "FlowDistribution",
     "FlowGenerator",
     "FunctionEnergy",
     "Gibbs",

@@ -89,7 +89,7 @@ def _handlers(kind: str) -> list[Any]:
     return [handler for handler in _PYRO_STACK if type(handler).__name__ == kind]
 
 
-class _Static:
+class Static:
     """Hashable holder of the parts of an energy that are not arrays, compared by what they hold."""
 
     def __init__(self, tree: Any):
@@ -101,7 +101,7 @@ class _Static:
         return hash((self.leaves, self.structure))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self.leaves == other.leaves and self.structure == other.structure
+        return isinstance(other, Static) and self.leaves == other.leaves and self.structure == other.structure
 
 
 class EnergyDistribution(dist.Distribution):
@@ -155,7 +155,7 @@ class EnergyDistribution(dist.Distribution):
         self.log_partition: Any = None if self.ignores_partition else log_partition
         self.beta = beta
         self._energy_arrays, static = eqx.partition(energy, eqx.is_array)
-        self._energy_static = _Static(static)
+        self._energy_static = Static(static)
         self._energy_axes = 0
         batch_shape = jnp.broadcast_shapes(
             base.batch_shape, jnp.shape(beta), jnp.shape(self.log_partition) if self.is_normalized else ()

@@ -139,7 +139,7 @@ figure.savefig(OUT / "two_modes.png", dpi=120)
 # The record has log Z of the model at every step, from the weights alone. Two populations have it: the *driver*,
 # whose walkers train the energy, and the *witness*, which moves by the same energies and has no say in them. The
 # exact value of the last model is the line. The driver's drifts off, since the energy is raised where its own walkers
-# happen to be; the witness's has no bias.
+# happen to be (`fit` warns where it is off by more than three nats); the witness's has no bias.
 
 # %%
 training = fitted["Jarzynski"].record["training"].to_dataset()

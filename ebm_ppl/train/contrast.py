@@ -33,8 +33,12 @@ class NoiseContrast(Objective):
     The normaliser that is learned is that of `base(x) exp(-U(x))`, or of `exp(-U(x))` without a base: `log_z` in the
     record by step, and `parameters["log_z"]` of the result, which belongs to its energy.
 
+    Where neither data nor noise ever are, nothing holds the energy: a noise that is narrower than the base leaves the
+    tails of the density to chance. Without `noise` the base is both; a flow fitted to the data is the best of those.
+
     Args:
-        noise: a NumPyro distribution of events with `sample` and `log_prob`, a flow included; the base where None.
+        noise: a NumPyro distribution of events with `sample` and `log_prob`, a `FlowDistribution`, say; the base where
+            None.
         ratio: draws of the noise for each point of data.
 
     Reference: Gutmann and Hyvarinen (2012).

@@ -8,6 +8,10 @@ import numpyro.distributions as dist
 import optax
 import pytest
 import scipy.stats as st
+from flowjax.bijections import RationalQuadraticSpline
+from flowjax.distributions import Normal
+from flowjax.flows import coupling_flow
+from flowjax.train import fit_to_data
 from limits import chi2_limits, t_limit
 from train_problems import BASE, best_log_likelihood, log_likelihood, log_z, two_modes
 
@@ -35,6 +39,7 @@ class Bell(eqx.Module):
         return x @ x / (2 * self.variance)
 
 
+SPLINE = RationalQuadraticSpline(knots=8, interval=4)
 QUARTIC = Quartic(jnp.array([-1.0, 0.05]))
 NEAR = dist.Normal(0.0, 1.5).expand([1]).to_event(1)
 """A base from which a kernel of one step size for all comes in: from far out in x^4 it is rejected for ever."""
@@ -159,8 +164,8 @@ def test_a_driver_that_lost_the_model_is_told_of():
     zeros, drift = np.zeros(200), np.zeros(200)
     drift[-1] = -10.0
     warn_of_drift({"log_z": zeros, "log_z_of_driver": drift}, ebm.Jarzynski())
-    drift[-50:] = -2.0
-    with pytest.warns(ebm.EnergyWarning, match=r"log Z by the driver is 2 nats below that by the witness"):
+    drift[-50:] = -4.0
+    with pytest.warns(ebm.EnergyWarning, match=r"log Z by the driver is 4 nats below that by the witness"):
         warn_of_drift({"log_z": zeros, "log_z_of_driver": drift}, ebm.Jarzynski())
     # As it comes of walkers that stand still while the energy is raised below them.
     energy = ebm.MLPEnergy(jax.random.key(0), 1, width=32)
@@ -242,6 +247,22 @@ def test_energy_discrepancy_is_least_at_the_density_of_the_data():
     objective = ebm.EnergyDiscrepancy(noise=1.0, num_neighbours=64)
     losses = [np.mean([value(objective, v, batch, i) for i in range(4)]) for v in (0.8, 1.0, 1.25)]
     assert losses[1] < losses[0] and losses[1] < losses[2]
+
+
+def test_noise_contrast_mends_a_flow():
+    """One that was trained for too short, and is too wide, as base and noise: the energy is what it lacks."""
+    data, test = two_modes(10_000), two_modes(10_000, seed=1)
+    untrained = coupling_flow(
+        jax.random.key(0), base_dist=Normal(jnp.zeros(1), 3.0), flow_layers=1, nn_width=16, transformer=SPLINE
+    )
+    flow = fit_to_data(jax.random.key(1), untrained, jnp.asarray(data[:2000]), max_epochs=3, show_progress=False)[0]
+    base, energy = ebm.FlowDistribution(flow), ebm.MLPEnergy(jax.random.key(0), 1, width=32)
+    settings = {"num_steps": 600, "optimiser": optax.adam(optax.cosine_decay_schedule(5e-3, 600))}
+    fitted = ebm.fit(jax.random.key(2), energy, data, ebm.NoiseContrast(), base=base, progress_bar=False, **settings)
+    of_flow = float(jnp.mean(flow.log_prob(test)))
+    assert of_flow < best_log_likelihood(test) - 0.1
+    assert log_likelihood(fitted.energy, test, base) > best_log_likelihood(test) - 0.05
+    assert abs(fitted.parameters["log_z"] - log_z(fitted.energy, base)) < 0.05
 
 
 def test_noise_contrast_at_the_truth_has_the_right_log_z_and_no_slope():
