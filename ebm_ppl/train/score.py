@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from ebm_ppl.noise import check_levels
 from ebm_ppl.train.objective import Density, Metrics, Objective, has_borders, require_levels
-from ebm_ppl.typing import Array, EnergyError, PRNGKey
+from ebm_ppl.typing import Array, ArrayLike, EnergyError, PRNGKey
 
 UNROLLED = 4
 """Coordinates that exact score matching takes in one piece."""
@@ -133,12 +133,17 @@ class DenoisingScoreMatching(Objective):
     ) -> tuple[Array, tuple[Any, Metrics]]:
         key_noise, key_level = jax.random.split(key)
         noise = jax.random.normal(key_noise, batch.shape, batch.dtype)
-        levels = jnp.asarray(self.noise, batch.dtype)
-        sigmas = jax.random.choice(key_level, jnp.atleast_1d(levels), (len(batch),))
 
-        def of_point(x: Array, e: Array, sigma: Array) -> Array:
-            noisy = density.at(sigma) if levels.ndim else density
-            slope = jax.grad(noisy.total)(x + sigma * e)
+        def of_point(x: Array, e: Array, sigma: ArrayLike, density: Density) -> Array:
+            slope = jax.grad(density.total)(x + sigma * e)
             return jnp.sum((e - sigma * slope) ** 2) / 2
 
-        return jnp.mean(jax.vmap(of_point)(batch, noise, sigmas)), (state, {})
+        def of_level(x: Array, e: Array, sigma: Array) -> Array:
+            return of_point(x, e, sigma, density.at(sigma))
+
+        if isinstance(self.noise, tuple):
+            sigmas = jax.random.choice(key_level, jnp.asarray(self.noise, batch.dtype), (len(batch),))
+            losses = jax.vmap(of_level)(batch, noise, sigmas)
+        else:
+            losses = jax.vmap(lambda x, e: of_point(x, e, self.noise, density))(batch, noise)
+        return jnp.mean(losses), (state, {})
