@@ -141,9 +141,10 @@ class DenoisingScoreMatching(Objective):
         def of_level(x: Array, e: Array, sigma: Array) -> Array:
             return of_point(x, e, sigma, density.at(sigma))
 
-        if isinstance(self.noise, tuple):
-            sigmas = jax.random.choice(key_level, jnp.asarray(self.noise, batch.dtype), (len(batch),))
+        level = self.noise
+        if isinstance(level, tuple):
+            sigmas = jax.random.choice(key_level, jnp.asarray(level, batch.dtype), (len(batch),))
             losses = jax.vmap(of_level)(batch, noise, sigmas)
         else:
-            losses = jax.vmap(lambda x, e: of_point(x, e, self.noise, density))(batch, noise)
+            losses = jax.vmap(lambda x, e: of_point(x, e, level, density))(batch, noise)
         return jnp.mean(losses), (state, {})
