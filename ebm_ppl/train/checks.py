@@ -1,5 +1,5 @@
-"""What training refuses, and what it warns of: labels, judgement, data, losses, walkers that have lost the
-model, a base that has."""
+"""What training refuses, and what it warns of: labels, judgement, data, losses, and walkers or a base that
+have lost the model."""
 
 from __future__ import annotations
 

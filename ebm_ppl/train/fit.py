@@ -263,8 +263,8 @@ def _step(run: Run, given: Given) -> tuple[Run, Metrics]:
 
 
 def _shuffled(key: PRNGKey, num: int) -> Array:
-    """An order of the data. `jax.random.permutation` sorts twice, lest two of the numbers be equal, for which a batch
-    has no use, and which costs some steps as much as the rest of them."""
+    """A random order of the data. `jax.random.permutation` sorts twice, since two of its numbers may be equal; two
+    neighbours that are left as they were do a batch no harm, and a sort costs as much as many a step."""
     return jnp.argsort(jax.random.bits(key, (num,)))
 
 
