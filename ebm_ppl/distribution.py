@@ -90,7 +90,7 @@ def _handlers(kind: str) -> list[Any]:
 
 
 class Static:
-    """Hashable holder of the parts of an energy that are not arrays, compared by what they hold."""
+    """Hashable holder of the parts of an energy, or a flow, that are not arrays, compared by what they hold."""
 
     def __init__(self, tree: Any):
         self.tree = tree

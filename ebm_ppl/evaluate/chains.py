@@ -55,7 +55,7 @@ def thinned(chains: ArrayLike) -> np.ndarray:
     Example:
         >>> ebm_ppl.mmd_test(key, data, ebm_ppl.thinned(tree["posterior"]["x"]))
     """
-    draws = _chains(chains)
+    draws = as_chains(chains)
     values = draws.reshape(*draws.shape[:2], -1)
     every = spacing(values)
     every = 1 if every == 1 else round(INDEPENDENT * every)
@@ -77,7 +77,7 @@ def mode_weights(points: ArrayLike, centres: ArrayLike, *, chains: bool = False)
     Example:
         >>> ebm_ppl.mode_weights(data, [[-2.0, 0.0], [2.0, 0.0]]).weight
     """
-    draws = _chains(points) if chains else np.asarray(points)[None]
+    draws = as_chains(points) if chains else np.asarray(points)[None]
     places, shape = flat(centres, "centres")
     rows, _ = flat(draws.reshape(-1, *draws.shape[2:]), "points")
     if draws.shape[2:] != shape:
@@ -100,7 +100,8 @@ def _least(values: np.ndarray) -> float:
     return min(effective_size(values[..., i]) for i in range(values.shape[-1]))
 
 
-def _chains(points: ArrayLike) -> np.ndarray:
+def as_chains(points: ArrayLike) -> np.ndarray:
+    """Draws of chains, (chain, draw, *event_shape), where there are enough of them."""
     draws = np.asarray(points)
     if draws.ndim < 2 or min(draws.shape[:2]) < 1 or draws.shape[1] < SHORTEST:
         raise EnergyError(f"Chains have shape (chain, draw, *event_shape), of four draws at least; got {draws.shape}.")

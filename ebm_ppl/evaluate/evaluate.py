@@ -136,8 +136,7 @@ def evaluate(
     key, (points, event_shape) = as_key(key), flat(data, "data")
     density = Density(energy, base, event_shape)
     check_base(base, event_shape, "data")
-    discrete = base is not None and base.is_discrete
-    if discrete and (log_z is None or samples is None):
+    if density.is_discrete and (log_z is None or samples is None):
         raise EnergyError(
             "The base is discrete, of which evaluate neither finds log Z nor makes draws: pass log_z=... "
             "(relative to the base: enumerate_log_z of U - log base, say, or the last log_z that Jarzynski() told) and "
@@ -149,7 +148,7 @@ def evaluate(
     keys = [jax.random.fold_in(key, part) for part in range(NUM_PARTS)]
     if log_z is not None and not isinstance(log_z, LogZ):
         log_z = LogZ(float(log_z), 0.0, "given")
-    if base is not None and not discrete:
+    if base is not None and not density.is_discrete:
         model = target(_model, density)
         found = evidence.log_z(keys[LOG_Z], model, method) if log_z is None else log_z
         log_z = _bracketed(keys[BOUNDS], model, bounds, found)
@@ -344,7 +343,7 @@ def _tests(
         "mmd": lambda: mmd_test(keys[3], data, apart, num_permutations=num_simulations),
         "classifier": lambda: classifier_test(keys[4], data, apart),
     }
-    if density.base is not None and density.base.is_discrete:
+    if density.is_discrete:
         made = {name: test for name, test in made.items() if not name.startswith("stein")}
     found, failures = [], []
     for name, test in made.items():

@@ -39,7 +39,7 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import biject_to, constraints
 
-from ebm_ppl.evaluate.chains import SHORTEST, spacing
+from ebm_ppl.evaluate.chains import as_chains, spacing
 from ebm_ppl.evaluate.significance import (
     Significance,
     check_scale,
@@ -105,11 +105,9 @@ def stein_test(
     if thin is not None and not (chains and thin >= 1):
         raise EnergyError(f"thin is 1 at least, and of chains: pass chains=True; got {thin}.")
     key_scale, key_signs = jax.random.split(as_key(key))
-    points, event_shape = flat(points, "points")
+    points, event_shape = flat(as_chains(points) if chains else points, "points")
     num_axes = 2 if chains else 1
     lead, event_shape = (len(points), *event_shape)[:num_axes], event_shape[num_axes - 1 :]
-    if chains and (len(lead) < 2 or lead[1] < SHORTEST):
-        raise EnergyError(f"Chains have shape (chain, draw, *event_shape), of four draws at least; got {lead}.")
     density = Density(energy, base, event_shape)
     check_base(base, event_shape, "points")
     places = unconstrained(density, points.reshape(math.prod(lead), -1))

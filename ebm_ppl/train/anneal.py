@@ -33,7 +33,7 @@ from jax.scipy.special import logsumexp
 
 from ebm_ppl.kernels import MALA, Langevin
 from ebm_ppl.noise import check_levels
-from ebm_ppl.train.objective import Density, check_start
+from ebm_ppl.train.objective import Density, density_from_start
 from ebm_ppl.train.walkers import Dynamics, next_step_size, walk
 from ebm_ppl.typing import Array, EnergyError, PRNGKey, as_key
 
@@ -93,9 +93,7 @@ def anneal(
     check_levels(levels)
     if isinstance(dynamics.kernel, Langevin):
         raise EnergyError("The weights of annealing need moves that leave each level invariant: MALA() or HMC().")
-    if num < 1:
-        raise EnergyError(f"num is 1 at least; got {num}.")
-    density = Density(energy, base, check_start(start, base))
+    density = density_from_start(energy, base, start, num)
     return _anneal(as_key(key), density, jnp.asarray(levels)[::-1], start, num, resample, dynamics)
 
 

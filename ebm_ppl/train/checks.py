@@ -19,7 +19,7 @@ MOST_GAP = 10.0
 """Nats for each dimension between the energies of walkers and of data, beyond which walkers are not draws of a model
 that has anything to do with the data. That of a model that fits is about zero."""
 LAST = 50
-"""Steps over which the gap is averaged."""
+"""Steps over which what a doubt goes by is averaged."""
 MOST_DRIFT = 3.0
 """Nats between log Z by driver and witness of weighted walkers, beyond which the driver has lost the model: of 5.5 the
 shares of images were wrong, of 1.7 no energy that was looked at."""
@@ -64,12 +64,12 @@ def check_judgement(
 def check_events(density: Density, points: Array, objective: Objective) -> None:
     """The energy of one event is one number, and the base one of such events."""
     check_base(density.base, density.event_shape, "data")
+    if density.is_discrete and objective.is_continuous:
+        raise EnergyError(
+            f"{objective.name} takes events of real numbers, and the base is discrete: PseudoLikelihood(), "
+            "NoiseContrast(), or Jarzynski() with kernels of discrete states train on such."
+        )
     if density.base is not None:
-        if density.base.is_discrete and objective.is_continuous:
-            raise EnergyError(
-                f"{objective.name} takes events of real numbers, and the base is discrete: PseudoLikelihood(), "
-                "NoiseContrast(), or Jarzynski() with kernels of discrete states train on such."
-            )
         inside: Any = density.base.support(points.reshape(-1, *density.event_shape))  # pyright: ignore
         if not np.all(inside):
             raise EnergyError(
@@ -105,52 +105,49 @@ def check_finite(metrics: dict[str, np.ndarray], before: int, objective: Objecti
     )
 
 
-def warn_of_gap(metrics: dict[str, np.ndarray], dim: int, objective: Objective) -> None:
-    """Tells of walkers whose energies at the end have nothing to do with those of the data: an energy ran away."""
-    if "energy_gap" not in metrics:
-        return
-    gap = float(np.mean(metrics["energy_gap"][-LAST:]))
-    if abs(gap) <= MOST_GAP * dim:
-        return
-    side = "above" if gap > 0 else "below"
-    warnings.warn(
-        f"At the end of training by {objective.name} the walkers lie {abs(gap):.4g} nats {side} the data: they are "
+def warn_of_doubts(metrics: dict[str, np.ndarray], dim: int, objective: Objective) -> None:
+    """Tells of walkers, or of a base, that have lost the model at the end of training, by the record of its steps."""
+    for doubt in (_of_gap(metrics, dim), _of_drift(metrics), _of_few_draws(metrics)):
+        if doubt:
+            warnings.warn(f"At the end of training by {objective.name} {doubt}", EnergyWarning, stacklevel=3)
+
+
+def _at_end(values: np.ndarray) -> float:
+    return float(np.mean(values[-LAST:]))
+
+
+def _of_gap(metrics: dict[str, np.ndarray], dim: int) -> str | None:
+    """Energies of walkers that have nothing to do with those of the data: an energy ran away."""
+    if "energy_gap" not in metrics or abs(gap := _at_end(metrics["energy_gap"])) <= MOST_GAP * dim:
+        return None
+    return (
+        f"the walkers lie {abs(gap):.4g} nats {'above' if gap > 0 else 'below'} the data: they are "
         "no draws of the model, and the energy is not to be trusted. It changes faster than the walkers move, or these "
         "are stuck where every move is rejected. A smaller learning rate, more moves a step, or Jarzynski(), whose "
-        "stuck walkers lose their weight, helps.",
-        EnergyWarning,
-        stacklevel=3,
+        "stuck walkers lose their weight, helps."
     )
 
 
-def warn_of_drift(metrics: dict[str, np.ndarray], objective: Objective) -> None:
-    """Tells of a driver that the energy has learned to escape: its log Z is no longer that of the witness."""
+def _of_drift(metrics: dict[str, np.ndarray]) -> str | None:
+    """A driver that the energy has learned to escape: its log Z is no longer that of the witness."""
     if "log_z_of_driver" not in metrics:
-        return
-    drift = float(np.mean((metrics["log_z_of_driver"] - metrics["log_z"])[-LAST:]))
+        return None
+    drift = _at_end(metrics["log_z_of_driver"] - metrics["log_z"])
     if abs(drift) <= MOST_DRIFT:
-        return
-    warnings.warn(
-        f"At the end of training by {objective.name} log Z by the driver is {abs(drift):.3g} nats "
-        f"{'below' if drift < 0 else 'above'} that by the witness: the energy has followed the noise of its "
-        "walkers, so that the weights of its modes may be off. A smaller learning rate, an optimiser without memory "
-        "(gradient descent), more moves in a step or more walkers help.",
-        EnergyWarning,
-        stacklevel=3,
+        return None
+    return (
+        f"log Z by the driver is {abs(drift):.3g} nats {'below' if drift < 0 else 'above'} that by the witness: the "
+        "energy has followed the noise of its walkers, so that the weights of its modes may be off. A smaller learning "
+        "rate, an optimiser without memory (gradient descent), more moves in a step or more walkers help."
     )
 
 
-def warn_of_few_draws(metrics: dict[str, np.ndarray], objective: Objective) -> None:
-    """Tells of a base that has left the model, so that hardly any of its draws has a weight."""
-    if "effective_draws" not in metrics:
-        return
-    effective = float(np.mean(metrics["effective_draws"][-LAST:]))
-    if effective >= FEWEST:
-        return
-    warnings.warn(
-        f"At the end of training by {objective.name} only {effective:.3g} draws of the base are effective in a step: "
-        "log Z is too low, and the energy learns to escape the draws. A base nearer to the data (a flow that is fitted "
-        "to them), more draws, or Jarzynski(), whose walkers follow the model, helps.",
-        EnergyWarning,
-        stacklevel=3,
+def _of_few_draws(metrics: dict[str, np.ndarray]) -> str | None:
+    """A base that has left the model, so that hardly any of its draws has a weight."""
+    if "effective_draws" not in metrics or (effective := _at_end(metrics["effective_draws"])) >= FEWEST:
+        return None
+    return (
+        f"only {effective:.3g} draws of the base are effective in a step: log Z is too low, and the energy learns to "
+        "escape the draws. A base nearer to the data (a flow that is fitted to them), more draws, or Jarzynski(), "
+        "whose walkers follow the model, helps."
     )

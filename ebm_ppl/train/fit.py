@@ -31,15 +31,7 @@ import optax
 from paramax import NonTrainable
 
 from ebm_ppl import checkpoint as files
-from ebm_ppl.train.checks import (
-    as_classes,
-    check_events,
-    check_finite,
-    check_judgement,
-    warn_of_drift,
-    warn_of_few_draws,
-    warn_of_gap,
-)
+from ebm_ppl.train.checks import as_classes, check_events, check_finite, check_judgement, warn_of_doubts
 from ebm_ppl.train.objective import Density, Metrics, Objective, flat, log_prob
 from ebm_ppl.train.record import Record
 from ebm_ppl.typing import Array, ArrayLike, EnergyError, NonFiniteEnergyError, PRNGKey, as_key
@@ -176,9 +168,7 @@ def fit(
                 files.save(checkpoint, done, settings | done.record.lengths)
             bar.update(int(done.run.step) - bar.n)
             bar.set_postfix_str(f"loss {done.record.metrics['loss'][-1]:.4g}")
-    warn_of_gap(done.record.metrics, points.shape[1], objective)
-    warn_of_few_draws(done.record.metrics, objective)
-    warn_of_drift(done.record.metrics, objective)
+    warn_of_doubts(done.record.metrics, points.shape[1], objective)
     attrs = {"objective": objective.name, "batch_size": given.batch_size, "settings": _written(objective)}
     record = done.record.as_datatree(every, attrs)
     trainable, parameters = done.best

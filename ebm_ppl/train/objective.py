@@ -48,6 +48,10 @@ class Density(eqx.Module):
     base: dist.Distribution | None
     event_shape: tuple[int, ...] = eqx.field(static=True)
 
+    @property
+    def is_discrete(self) -> bool:
+        return self.base is not None and self.base.is_discrete
+
     def tilt(self, x: Array) -> Array:
         """U(x)"""
         name = f"The energy {getattr(self.energy, '__name__', type(self.energy).__name__)!r}"
@@ -180,12 +184,17 @@ def check_base(base: dist.Distribution | None, event_shape: tuple[int, ...], nam
         )
 
 
-def check_start(start: dist.Distribution, base: dist.Distribution | None) -> tuple[int, ...]:
-    """The event shape of a distribution that walkers start from, which is one of single events, as the base is.
+def density_from_start(
+    energy: Callable[[Array], Array], base: dist.Distribution | None, start: dist.Distribution, num: int
+) -> Density:
+    """The density that so many walkers are moved to, of such events as the distribution that they start from has.
 
     Raises:
-        EnergyShapeError: where one of them is not.
+        EnergyError: for no walkers.
+        EnergyShapeError: where start or base is not one of single events, or they have different ones.
     """
+    if num < 1:
+        raise EnergyError(f"num is 1 at least; got {num}.")
     check_base(start, start.event_shape, "draws", "start")
     check_base(base, start.event_shape, "draws")
-    return start.event_shape
+    return Density(energy, base, start.event_shape)

@@ -33,7 +33,7 @@ import numpyro.distributions as dist
 
 from ebm_ppl.kernels import Langevin
 from ebm_ppl.noise import check_levels
-from ebm_ppl.train.objective import Density, Metrics, Objective, check_start, require_levels
+from ebm_ppl.train.objective import Density, Metrics, Objective, density_from_start, require_levels
 from ebm_ppl.train.walkers import Dynamics, next_step_size, walk
 from ebm_ppl.typing import Array, EnergyError, PRNGKey, as_key
 
@@ -132,9 +132,7 @@ def recover(
     Reference: Gao, Song, Poole, Wu and Kingma (2021).
     """
     _check_chain(levels)
-    if num < 1:
-        raise EnergyError(f"num is 1 at least; got {num}.")
-    density = Density(energy, base, check_start(start, base))
+    density = density_from_start(energy, base, start, num)
     return _recover(as_key(key), density, jnp.asarray(levels), start, num, dynamics)
 
 

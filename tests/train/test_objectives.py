@@ -163,10 +163,10 @@ def test_a_driver_that_lost_the_model_is_told_of(monkeypatch):
     """By the mean of the last steps, whatever one of them says."""
     zeros, drift = np.zeros(200), np.zeros(200)
     drift[-1] = -10.0
-    checks.warn_of_drift({"log_z": zeros, "log_z_of_driver": drift}, ebm.Jarzynski())
+    checks.warn_of_doubts({"log_z": zeros, "log_z_of_driver": drift}, 1, ebm.Jarzynski())
     drift[-50:] = -4.0
     with pytest.warns(ebm.EnergyWarning, match=r"log Z by the driver is 4 nats below that by the witness"):
-        checks.warn_of_drift({"log_z": zeros, "log_z_of_driver": drift}, ebm.Jarzynski())
+        checks.warn_of_doubts({"log_z": zeros, "log_z_of_driver": drift}, 1, ebm.Jarzynski())
     # And `fit` looks.
     monkeypatch.setattr(checks, "MOST_DRIFT", -1.0)
     energy = ebm.MLPEnergy(jax.random.key(0), 1, width=8)
