@@ -7,6 +7,8 @@ for the other workers, for processes that tests start, and for the next time.
 from __future__ import annotations
 
 import gc
+import inspect
+import json
 import os
 import subprocess
 import sys
@@ -62,5 +64,16 @@ def run_in_float32():
         )
         assert result.returncode == 0, result.stderr
         return result.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def in_both_precisions(run_in_float32):
+    """Runs a function that stands by itself in single precision and here; what it returns goes through JSON."""
+
+    def run(function, *args):
+        source = f"import json\n{inspect.getsource(function)}\nprint(json.dumps({function.__name__}(*{args!r})))"
+        return json.loads(run_in_float32(source).strip().splitlines()[-1]), function(*args)
 
     return run

@@ -3,7 +3,6 @@
 All run in one process, since a process has one precision by default and its start takes seconds.
 """
 
-import inspect
 import json
 
 import numpy as np
@@ -87,9 +86,8 @@ def estimates():
     return str(target.sample_reference(jax.random.key(0)).dtype), found
 
 
-def test_many_observations_agree_with_double_precision(run_in_float32):
-    source = f"import json\n{inspect.getsource(estimates)}\nprint(json.dumps(estimates()))"
-    (narrow, single), (wide, double) = json.loads(run_in_float32(source).strip().splitlines()[-1]), estimates()
+def test_many_observations_agree_with_double_precision(in_both_precisions):
+    (narrow, single), (wide, double) = in_both_precisions(estimates)
     assert (narrow, wide) == ("float32", "float64")
     for (value, std_error, num_nan), (right, error, _) in zip(single, double, strict=True):
         assert right < -700 and num_nan == 0 and 0 < std_error < 0.3

@@ -5,9 +5,6 @@ rounding; of the others the mean of several runs must, within its error (random 
 `latent` and noise-conditional energies have tests of their own.
 """
 
-import inspect
-import json
-
 import numpy as np
 from limits import t_limit
 
@@ -75,9 +72,8 @@ def answers(num):
     return found
 
 
-def test_runs_end_where_those_of_double_precision_do(run_in_float32):
-    source = f"import json\n{inspect.getsource(answers)}\nprint(json.dumps(answers({NUM})))"
-    single, double = json.loads(run_in_float32(source).strip().splitlines()[-1]), answers(NUM)
+def test_runs_end_where_those_of_double_precision_do(in_both_precisions):
+    single, double = in_both_precisions(answers, NUM)
     assert list(single) == list(double) and len(double) == 15
     sampled = [name for name in double if name not in DETERMINISTIC]
     limit = t_limit(sum(len(double[name][0]) for name in sampled), 2 * NUM - 2)
