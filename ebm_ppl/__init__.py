@@ -29,7 +29,10 @@ from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
 from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.memory import memory
-from ebm_ppl.networks import ConvEnergy, ConvNetwork, JointEnergy, SpectralNorm
+from ebm_ppl.models.latent import LatentModel
+from ebm_ppl.models.likelihood import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood
+from ebm_ppl.models.vae import EvidenceBound, vae
+from ebm_ppl.networks import ConvEnergy, ConvNetwork, DeconvNetwork, JointEnergy, SpectralNorm
 from ebm_ppl.noise import NoiseConditionalEnergy, noise_levels
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_compare, plot_energies, plot_sequential_evidence, plot_smc
@@ -73,15 +76,18 @@ __all__ = [
     "NUTS",
     "SMC",
     "Adversarial",
+    "BernoulliLikelihood",
     "BlockGibbs",
     "BoltzmannEnergy",
     "Bridge",
+    "CategoricalLikelihood",
     "CheckpointError",
     "ConcreteScoreMatching",
     "Consultation",
     "ContrastiveDivergence",
     "ConvEnergy",
     "ConvNetwork",
+    "DeconvNetwork",
     "DegenerateParticlesError",
     "DenoisingScoreMatching",
     "Dynamics",
@@ -91,12 +97,14 @@ __all__ = [
     "EnergyError",
     "EnergyShapeError",
     "EnergyWarning",
+    "EvidenceBound",
     "FittedLatent",
     "FittedReference",
     "Flow",
     "FlowDistribution",
     "FlowGenerator",
     "FunctionEnergy",
+    "GaussianLikelihood",
     "Gibbs",
     "GibbsWithGradients",
     "ImplicitGenerator",
@@ -107,6 +115,7 @@ __all__ = [
     "JointEnergy",
     "Langevin",
     "Laplace",
+    "LatentModel",
     "LogZ",
     "MLPEnergy",
     "MonteCarloLikelihood",
@@ -167,4 +176,5 @@ __all__ = [
     "stein_test",
     "target",
     "thinned",
+    "vae",
 ]

@@ -75,6 +75,61 @@ class ConvNetwork(eqx.Module):
         return self.head(x.ravel())
 
 
+class DeconvNetwork(eqx.Module):
+    """An image from a vector: a linear map, and transposed convolutions, each of which doubles both sides.
+
+    Args:
+        key: draws the weights.
+        num_inputs: length of the vector.
+        shape: of the image: (height, width), or (channels, height, width), whose sides are multiples of 2 to the power
+            of the number of convolutions.
+        channels: of what goes into each convolution: (32, 16) undoes a `ConvNetwork` of channels (16, 32).
+        num_outputs: numbers for each element of the image.
+        activation: smooth function; softplus by default.
+
+    Returns:
+        When called, a flat array with the elements of the image, and the numbers of each together.
+    """
+
+    head: eqx.nn.Linear
+    convolutions: tuple[eqx.nn.ConvTranspose2d, ...]
+    activation: Callable[[Array], Array]
+    start: tuple[int, ...] = eqx.field(static=True)
+    num_outputs: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        key: PRNGKey,
+        num_inputs: int,
+        shape: tuple[int, ...],
+        channels: tuple[int, ...] = (32, 16),
+        num_outputs: int = 1,
+        activation: Callable[[Array], Array] = jax.nn.softplus,
+    ):
+        scale = 2 ** len(channels)
+        if len(shape) not in (2, 3) or not channels or shape[-1] % scale or shape[-2] % scale:
+            raise EnergyError(
+                f"An image has shape (height, width) or (channels, height, width), with sides that are multiples of "
+                f"{scale} where there are {len(channels)} convolutions; got {shape}."
+            )
+        *keys, key_head = jax.random.split(key, len(channels) + 1)
+        depths = (*channels, (shape[0] if len(shape) == 3 else 1) * num_outputs)
+        self.convolutions = tuple(
+            eqx.nn.ConvTranspose2d(into, out, kernel_size=4, stride=2, padding=1, key=key)
+            for into, out, key in zip(depths[:-1], depths[1:], keys, strict=True)
+        )
+        self.start = (channels[0], shape[-2] // scale, shape[-1] // scale)
+        self.head = eqx.nn.Linear(num_inputs, math.prod(self.start), key=key_head)
+        self.activation, self.num_outputs = activation, num_outputs
+
+    def __call__(self, z: Array) -> Array:
+        x = self.head(z).reshape(self.start)
+        for convolution in self.convolutions:
+            x = convolution(self.activation(x))
+        # What belongs to one element of the image comes last.
+        return jnp.moveaxis(x.reshape(-1, self.num_outputs, *x.shape[1:]), 1, -1).ravel()
+
+
 class ConvEnergy(Energy):
     """A convolutional network with one output, for images of 8 x 8 or 28 x 28 pixels, say.
 

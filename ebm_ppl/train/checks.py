@@ -15,6 +15,8 @@ from ebm_ppl.networks import JointEnergy
 from ebm_ppl.train.objective import Density, Objective, check_base
 from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, EnergyWarning, NonFiniteEnergyError
 
+OF_PRIOR = "prior_"
+"""What comes before the name of a metric of the objective that trains a latent prior."""
 MOST_GAP = 10.0
 """Nats for each dimension between the energies of walkers and of data, beyond which walkers are not draws of a model
 that has anything to do with the data. That of a model that fits is about zero."""
@@ -76,7 +78,7 @@ def check_events(density: Density, points: Array, objective: Objective) -> None:
                 f"{np.sum(~inside)} of {len(points)} events of the data lie outside of the base's support, the first "
                 f"at {np.argmin(inside)}: take a wider base."
             )
-    energies = _energies(density, points[:1000])
+    energies = _previews(density, points[:1000], objective)
     if bad := int(np.sum(~np.isfinite(energies))):
         at = int(np.argmax(~np.isfinite(energies)))
         raise NonFiniteEnergyError(
@@ -86,9 +88,9 @@ def check_events(density: Density, points: Array, objective: Objective) -> None:
 
 
 @eqx.filter_jit
-def _energies(density: Density, points: Array) -> Array:
+def _previews(density: Density, points: Array, objective: Objective) -> Array:
     """A program for all runs with such an energy."""
-    return jax.vmap(density.total)(points)
+    return jax.vmap(lambda x: objective.preview(density, x))(points)
 
 
 def check_finite(metrics: dict[str, np.ndarray], before: int, objective: Objective) -> None:
@@ -107,6 +109,8 @@ def check_finite(metrics: dict[str, np.ndarray], before: int, objective: Objecti
 
 def warn_of_doubts(metrics: dict[str, np.ndarray], dim: int, objective: Objective) -> None:
     """Tells of walkers, or of a base, that have lost the model at the end of training, by the record of its steps."""
+    # What is said of a latent prior is said of its own walkers.
+    metrics = {name.removeprefix(OF_PRIOR): each for name, each in metrics.items()}
     for doubt in (_of_gap(metrics, dim), _of_drift(metrics), _of_few_draws(metrics)):
         if doubt:
             warnings.warn(f"At the end of training by {objective.name} {doubt}", EnergyWarning, stacklevel=3)

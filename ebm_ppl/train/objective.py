@@ -94,6 +94,10 @@ class Objective(eqx.Module):
     def check(self, data: Array) -> None:
         """Refuses data, shape (num, dim), that it cannot be trained on or judged at."""
 
+    def preview(self, density: Density, x: Array) -> Array:
+        """A number that must be finite at each event of the data before the first step: its energy."""
+        return density.total(x)
+
     def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
         """`(parameters, state)` before the first step: none, but where an objective has some."""
         return (), ()
