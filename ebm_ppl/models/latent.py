@@ -86,13 +86,12 @@ class LatentModel(eqx.Module):
         energy: Callable[[Array], Array] | None = None,
         log_partition: float | None = None,
     ):
-        standard: Any = dist.Normal(jnp.zeros(latent_dim)).to_event(1)
-        base = standard if base is None else base
+        given: Any = dist.Normal(jnp.zeros(latent_dim)).to_event(1) if base is None else base
         self.decoder, self.likelihood, self.encoder, self.energy = decoder, likelihood, encoder, energy
         self.log_partition, self.latent_dim = log_partition, latent_dim
-        self._base = base if isinstance(base, FlowDistribution) else NonTrainable(base)
+        self._base = given if isinstance(given, FlowDistribution) else NonTrainable(given)
         z, x = (jax.ShapeDtypeStruct(shape, jnp.result_type(float)) for shape in ((latent_dim,), self.event_shape))
-        _require_shape(base.batch_shape + base.event_shape, z.shape, "The base of z")
+        _require_shape(given.batch_shape + given.event_shape, z.shape, "The base of z")
         _require_shape(
             eqx.filter_eval_shape(decoder, z).shape, (likelihood.num_outputs,), "What the decoder makes of z"
         )
