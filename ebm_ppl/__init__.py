@@ -29,6 +29,8 @@ from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
 from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.memory import memory
+from ebm_ppl.models.annealed import Annealed
+from ebm_ppl.models.bounds import held_out_elpd, log_likelihood_bounds
 from ebm_ppl.models.latent import LatentModel
 from ebm_ppl.models.likelihood import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood
 from ebm_ppl.models.vae import EvidenceBound, vae
@@ -76,6 +78,7 @@ __all__ = [
     "NUTS",
     "SMC",
     "Adversarial",
+    "Annealed",
     "BernoulliLikelihood",
     "BlockGibbs",
     "BoltzmannEnergy",
@@ -153,7 +156,9 @@ __all__ = [
     "evidence_between",
     "fit",
     "fit_latent",
+    "held_out_elpd",
     "holm",
+    "log_likelihood_bounds",
     "log_z",
     "log_z_stream",
     "log_z_to_datatree",

@@ -112,11 +112,10 @@ class EvidenceBound(Objective):
             )
 
     def preview(self, density: Density, x: Array) -> Array:
-        model: Any = density.energy
-        x = x.reshape(density.event_shape)
+        model, x = self._model(density), x.reshape(density.event_shape)
         return model.joint_energy(x, model.posterior_guess(x).mean)
 
-    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
+    def _model(self, density: Density) -> LatentModel:
         model: Any = density.energy
         if not isinstance(model, LatentModel) or model.encoder is None or density.base is not None:
             raise EnergyError(
@@ -128,6 +127,10 @@ class EvidenceBound(Objective):
                 "A prior with an energy has a log Z, which EvidenceBound(of_prior=Jarzynski(), say) follows; one "
                 "without has none."
             )
+        return model
+
+    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
+        model = self._model(density)
         if self.of_prior is None:
             return (), ()
         z = model.posterior_guess(data.reshape(-1, *density.event_shape)).mean
@@ -136,7 +139,7 @@ class EvidenceBound(Objective):
     def loss(
         self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
     ) -> tuple[Array, tuple[Any, Metrics]]:
-        model: Any = density.energy
+        model = self._model(density)
         key_draws, key_prior = jax.random.split(key)
 
         def of_draw(key: PRNGKey, x: Array, guess: Any) -> tuple[Array, Array, Array]:
