@@ -8,9 +8,10 @@ from ebm_ppl.energy import Energy, FunctionEnergy, MLPEnergy, QuadraticEnergy, S
 from ebm_ppl.evaluate.chains import mode_weights, thinned
 from ebm_ppl.evaluate.classification import auroc, calibration
 from ebm_ppl.evaluate.evaluate import evaluate
+from ebm_ppl.evaluate.frechet import frechet_distance
 from ebm_ppl.evaluate.significance import holm
 from ebm_ppl.evaluate.stein import stein_test
-from ebm_ppl.evaluate.two_sample import classifier_test, mmd_test
+from ebm_ppl.evaluate.two_sample import classifier_auc, classifier_test, mmd_test
 from ebm_ppl.evidence import log_z, log_z_stream, read_log_z
 from ebm_ppl.flow import Flow
 from ebm_ppl.flow_distribution import FlowDistribution
@@ -31,6 +32,7 @@ from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.memory import memory
 from ebm_ppl.models.annealed import Annealed
 from ebm_ppl.models.bounds import held_out_elpd, log_likelihood_bounds
+from ebm_ppl.models.diagnostics import latent_diagnostics
 from ebm_ppl.models.latent import LatentModel
 from ebm_ppl.models.likelihood import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood
 from ebm_ppl.models.vae import EvidenceBound, vae
@@ -147,6 +149,7 @@ __all__ = [
     "as_numpyro_kernel",
     "auroc",
     "calibration",
+    "classifier_auc",
     "classifier_test",
     "compare",
     "energy_factor",
@@ -156,8 +159,10 @@ __all__ = [
     "evidence_between",
     "fit",
     "fit_latent",
+    "frechet_distance",
     "held_out_elpd",
     "holm",
+    "latent_diagnostics",
     "log_likelihood_bounds",
     "log_z",
     "log_z_stream",

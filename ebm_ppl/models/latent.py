@@ -27,7 +27,6 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -36,13 +35,18 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
-from paramax import NonTrainable, unwrap
+from paramax import NonTrainable
 
+from ebm_ppl import inference
 from ebm_ppl.distribution import EnergyDistribution
 from ebm_ppl.flow_distribution import FlowDistribution
+from ebm_ppl.logz.tempering import ParallelTempering
+from ebm_ppl.mcmc import Sampler
 from ebm_ppl.models.likelihood import Likelihood
+from ebm_ppl.smc import SMC
+from ebm_ppl.target import target
 from ebm_ppl.train.objective import log_prob
-from ebm_ppl.typing import Array, EnergyError, EnergyShapeError, PRNGKey
+from ebm_ppl.typing import Array, EnergyError, EnergyShapeError, PRNGKey, as_key
 
 PLATE = "observation"
 
@@ -92,9 +96,7 @@ class LatentModel(eqx.Module):
         self._base = given if isinstance(given, FlowDistribution) else NonTrainable(given)
         z, x = (jax.ShapeDtypeStruct(shape, jnp.result_type(float)) for shape in ((latent_dim,), self.event_shape))
         _require_shape(given.batch_shape + given.event_shape, z.shape, "The base of z")
-        _require_shape(
-            eqx.filter_eval_shape(decoder, z).shape, (likelihood.num_outputs,), "What the decoder makes of z"
-        )
+        _require_shape(eqx.filter_eval_shape(decoder, z).shape, (likelihood.num_outputs,), "The decoder's output")
         if encoder is not None:
             _require_shape(eqx.filter_eval_shape(encoder, x).shape, (2 * latent_dim,), "The encoder's output")
 
@@ -105,7 +107,7 @@ class LatentModel(eqx.Module):
 
     @property
     def base(self) -> dist.Distribution:
-        return unwrap(self._base)
+        return self._base.tree if isinstance(self._base, NonTrainable) else self._base
 
     @property
     def prior(self) -> dist.Distribution:
@@ -116,7 +118,15 @@ class LatentModel(eqx.Module):
 
     def with_prior(self, energy: Callable[[Array], Array], log_partition: float | None = None) -> LatentModel:
         """The same model with another tilt of its base."""
-        return dataclasses.replace(self, energy=energy, log_partition=log_partition)
+        return LatentModel(
+            self.latent_dim,
+            self.decoder,
+            self.likelihood,
+            encoder=self.encoder,
+            base=self.base,
+            energy=energy,
+            log_partition=log_partition,
+        )
 
     def given(self, z: Array) -> Any:
         """p(x | z), whose batch is that of z, shape (*batch, latent_dim)."""
@@ -129,6 +139,25 @@ class LatentModel(eqx.Module):
         axes = ",".join(f"e{axis}" for axis in range(len(self.event_shape)))
         mean, log_scale = jnp.split(jnp.vectorize(self.encoder, signature=f"({axes})->(o)")(x), 2, axis=-1)
         return dist.Normal(mean, jnp.exp(log_scale)).to_event(1)
+
+    def sample_latents(self, key: PRNGKey, num: int, sampler: SMC | ParallelTempering | Sampler | None = None) -> Array:
+        """Draws of the prior, shape (num, latent_dim): exact where it has no energy, else by a sampler.
+
+        Args:
+            sampler: of a tilted prior; `SMC()` with as many particles where None.
+        """
+        if self.energy is None:
+            return self.base.sample(key, (num,))  # pyright: ignore
+        sampler = SMC(num_particles=num + num % 2) if sampler is None else sampler
+        tree = inference.sample(
+            key, target(_prior_alone, self), sampler, num_chains=1, progress_bar=False, log_likelihood=False
+        )
+        return jnp.asarray(tree["posterior"]["z"].values[0, :num])
+
+    def sample(self, key: PRNGKey, num: int, sampler: SMC | ParallelTempering | Sampler | None = None) -> Array:
+        """Draws of x, shape (num, *event_shape)."""
+        key_z, key_x = jax.random.split(as_key(key))
+        return self.given(self.sample_latents(key_z, num, sampler)).sample(key_x)
 
     def model(self, data: Array | None = None, num: int = 1) -> Any:
         """A NumPyro program: each event of the data, shape (num, *event_shape), with a z of its own.
@@ -158,6 +187,10 @@ class LatentModel(eqx.Module):
         guess = self.posterior_guess(x)
         z = guess.sample(key)
         return self.log_joint(x, z) - guess.log_prob(z)
+
+
+def _prior_alone(model: LatentModel) -> None:
+    numpyro.sample("z", model.prior)
 
 
 def _require_shape(shape: tuple[int, ...], expected: tuple[int, ...], what: str) -> None:
