@@ -41,6 +41,7 @@ from ebm_ppl.noise import NoiseConditionalEnergy, noise_levels
 from ebm_ppl.numpyro_kernel import as_numpyro_kernel
 from ebm_ppl.plots import plot_compare, plot_energies, plot_sequential_evidence, plot_smc
 from ebm_ppl.plots_energy import plot_energy_histograms, plot_landscape
+from ebm_ppl.plots_models import plot_images, plot_traversal
 from ebm_ppl.sequential import evidence_between, sequential_evidence
 from ebm_ppl.smc import SMC
 from ebm_ppl.target import Target, target
@@ -174,9 +175,11 @@ __all__ = [
     "plot_compare",
     "plot_energies",
     "plot_energy_histograms",
+    "plot_images",
     "plot_landscape",
     "plot_sequential_evidence",
     "plot_smc",
+    "plot_traversal",
     "posterior_predictive",
     "prior_predictive",
     "read_log_z",

@@ -46,6 +46,55 @@ _LATENT = "test_latent.py::test_log_p_is_unbiased_and_its_gradient_right_while_t
 
 MUTATIONS = (
     Mutation(
+        "a bound without the number of its chains",
+        "models/annealed.py",
+        "lower=logsumexp(log_weight, axis=1) - log_num",
+        "lower=logsumexp(log_weight, axis=1)",
+        ("models/test_bounds.py::test_weights_of_both_directions_are_unbiased[wrong]",),
+    ),
+    Mutation(
+        "weights of reverse chains before their moves",
+        "models/annealed.py",
+        "log_weight + at.step * course.log_ratio(moved), moved",
+        "log_weight + at.step * course.log_ratio(z), moved",
+        ("models/test_bounds.py::test_weights_of_both_directions_are_unbiased[wrong]",),
+    ),
+    Mutation(
+        "a path that ends in the guess",
+        "models/annealed.py",
+        "self.guess.log_prob(z) + at.beta * self.log_ratio(z)",
+        "self.guess.log_prob(z)",
+        ("models/test_bounds.py::test_weights_of_both_directions_are_unbiased[wrong]",),
+    ),
+    Mutation(
+        "a latent prior without its log Z",
+        "models/vae.py",
+        "return self.beta * log_z - bound, (",
+        "return -bound, (",
+        ("models/test_vae.py::test_gradient_of_a_tilted_prior_is_that_of_the_likelihood",),
+    ),
+    Mutation(
+        "a bound with the rate's sign flipped",
+        "models/vae.py",
+        "log_weights = reconstruction - self.beta * rate",
+        "log_weights = reconstruction + self.beta * rate",
+        ("models/test_vae.py::test_bound_is_numpyros",),
+    ),
+    Mutation(
+        "an importance-weighted bound without the number of its draws",
+        "models/vae.py",
+        "logsumexp(log_weights, axis=1)) - jnp.log(float(self.num_draws))",
+        "logsumexp(log_weights, axis=1))",
+        ("models/test_vae.py::test_importance_weighted_bound_is_tight_where_draws_are_many",),
+    ),
+    Mutation(
+        "one key for all events of a bound",
+        "models/vae.py",
+        "jax.vmap(of_event)(jax.random.split(key_draws, len(batch)), batch)",
+        "jax.vmap(of_event, (None, 0))(key_draws, batch)",
+        ("models/test_vae.py::test_events_have_draws_of_their_own",),
+    ),
+    Mutation(
         "the log density of a base that goes on beyond its support",
         "train/objective.py",
         "jnp.where(base.support(x), value, -jnp.inf) if has_borders(base) else value",

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from limits import z_limit
+from limits import f_limits, z_limit
 from model_problems import LOADINGS, SCALE, SHIFT, draws, linear_gaussian, marginal
 from numpyro.infer import Trace_ELBO
 from scipy.special import logsumexp
@@ -172,3 +172,13 @@ def test_many_draws_are_one_average():
     keys = jax.random.split(jax.random.split(jax.random.split(key)[0], 1)[0], 4)
     weights = [linear_gaussian("wrong").log_weight(each, jnp.asarray(X[0])) for each in keys]
     np.testing.assert_allclose(loss, np.log(4) - logsumexp(weights), rtol=1e-10)
+
+
+def test_events_have_draws_of_their_own():
+    """The variance of the loss of eight equal events is an eighth of that of one."""
+    model, num = linear_gaussian("wrong"), 4000
+    one = np.var(_losses(EvidenceBound(), model, num, X[:1]), ddof=1)
+    eight = np.var(_losses(EvidenceBound(), model, num, np.repeat(X[:1], 8, axis=0)), ddof=1)
+    low, high = f_limits(1, num - 1, num - 1)
+    # Squares of normal draws: their variance of variance is a few times that of the F distribution.
+    assert low**3 < 8 * eight / one < high**3
