@@ -29,8 +29,10 @@ from ebm_ppl.logz.nested import NestedSampling
 from ebm_ppl.logz.path import MBAR, SteppingStone, ThermodynamicIntegration
 from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.memory import memory
+from ebm_ppl.models.critic import LogisticGAN, WassersteinGAN
 from ebm_ppl.models.latent import LatentModel
 from ebm_ppl.models.likelihood import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood
+from ebm_ppl.models.tilt import calibrated, tilted, weigh_tilt
 from ebm_ppl.models.vae import EvidenceBound, vae
 from ebm_ppl.networks import ConvEnergy, ConvNetwork, DeconvNetwork, JointEnergy, SpectralNorm
 from ebm_ppl.noise import NoiseConditionalEnergy, noise_levels
@@ -117,6 +119,7 @@ __all__ = [
     "Laplace",
     "LatentModel",
     "LogZ",
+    "LogisticGAN",
     "MLPEnergy",
     "MonteCarloLikelihood",
     "NestedSampling",
@@ -140,9 +143,11 @@ __all__ = [
     "Target",
     "TemperingStalledError",
     "ThermodynamicIntegration",
+    "WassersteinGAN",
     "anneal",
     "as_numpyro_kernel",
     "auroc",
+    "calibrated",
     "calibration",
     "classifier_test",
     "compare",
@@ -176,5 +181,7 @@ __all__ = [
     "stein_test",
     "target",
     "thinned",
+    "tilted",
     "vae",
+    "weigh_tilt",
 ]
