@@ -46,6 +46,51 @@ _LATENT = "test_latent.py::test_log_p_is_unbiased_and_its_gradient_right_while_t
 
 MUTATIONS = (
     Mutation(
+        "a critic trained to call draws data",
+        "models/critic.py",
+        "jnp.mean(jax.nn.softplus(-of_data)) + jnp.mean(jax.nn.softplus(of_drawn))",
+        "jnp.mean(jax.nn.softplus(of_data)) + jnp.mean(jax.nn.softplus(-of_drawn))",
+        ("models/test_critic.py::test_the_best_critic_is_the_log_density_ratio",),
+    ),
+    Mutation(
+        "the Wasserstein penalty of a critic at the data alone",
+        "models/critic.py",
+        "slope(share * x + (1 - share) * y)",
+        "slope(x)",
+        ("models/test_critic.py::test_the_wasserstein_penalty_is_between_data_and_draws",),
+    ),
+    Mutation(
+        "sign of the critic in the energy of latent variables",
+        "models/tilt.py",
+        "return -self.critic(",
+        "return self.critic(",
+        (
+            "models/test_tilt.py::test_a_known_ratio_makes_the_generator_the_data",
+            "models/test_tilt.py::test_latent_sampling_has_the_moments_of_the_data[SMC]",
+        ),
+    ),
+    Mutation(
+        "calibration of a critic without the numbers of data and draws",
+        "models/tilt.py",
+        "columns @ weights + prior",
+        "columns @ weights + 0 * prior",
+        ("models/test_tilt.py::test_calibration_finds_the_scale_of_a_log_ratio",),
+    ),
+    Mutation(
+        "one draw of the base for all weights of a tilt",
+        "models/tilt.py",
+        "energy = np.asarray(_values(model.energy, z))",
+        "energy = np.asarray(_values(model.energy, z[:1].repeat(num, 0)))",
+        ("models/test_tilt.py::test_weights_of_a_normal_tilt_and_their_errors",),
+    ),
+    Mutation(
+        "a radius of modes that is taken for its square",
+        "evaluate/chains.py",
+        "squares <= within**2",
+        "squares <= within",
+        ("evaluate/test_chains.py::test_points_far_from_their_centre_count_for_no_mode",),
+    ),
+    Mutation(
         "the log density of a base that goes on beyond its support",
         "train/objective.py",
         "jnp.where(base.support(x), value, -jnp.inf) if has_borders(base) else value",
