@@ -117,6 +117,23 @@ def test_latent_sampling_has_the_moments_of_the_data(name):
         assert abs(np.mean(means) - exact) < t_limit(3, 15) * np.std(means, ddof=1) / 4
 
 
+def test_latent_sampling_covers_the_modes_that_a_generator_smears_out():
+    """Five by five of them, by the ratio to a normal distribution that has a few per cent of its mass near any."""
+    side, scale = np.arange(-2.0, 3), 0.05
+    centres = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
+    wide = dist.Normal(0, 1.5).expand([2]).to_event(1)
+    noise = ebm.GaussianLikelihood((2,), 0.01, is_learned=False)
+    model = ebm.LatentModel(2, eqx.nn.Identity(), noise, base=wide)
+    modes = dist.MixtureSameFamily(dist.Categorical(np.full(25, 0.04)), dist.Normal(centres, scale).to_event(1))
+    target = ebm.target(ebm.LatentModel.generate, ebm.tilted(model, lambda x: modes.log_prob(x) - wide.log_prob(x)))
+    found = ebm.sample(KEY, target, ebm.SMC(num_particles=2000), num_chains=1, progress_bar=False)
+    bare, better = (
+        ebm.mode_weights(x, centres, within=4 * scale).weight
+        for x in (wide.sample(KEY, (2000,)), found["posterior"]["x"].values.reshape(-1, 2))
+    )
+    assert np.sum(bare) < 0.2 and np.sum(better) > 0.99 and np.all(better > 0)
+
+
 def test_weights_of_a_normal_tilt_and_their_errors():
     """exp(a x) leaves exp(-a^2) of the draws, and log Z has the errors that it says."""
     slope, num = 0.5, 4000
