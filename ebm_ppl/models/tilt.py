@@ -39,6 +39,9 @@ from ebm_ppl.models.latent import LatentModel
 from ebm_ppl.train.objective import flat
 from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, EnergyWarning, LogZ, PRNGKey, as_key
 
+AT_ONCE = 1024
+"""Points that go through networks at once."""
+
 
 class CriticEnergy(Energy):
     """U(z) = -d(G(z)), with G(z) the mean of p(x | z)."""
@@ -130,7 +133,7 @@ def calibrated(critic: Callable[[Array], Array], data: ArrayLike, generated: Arr
 
 @eqx.filter_jit
 def _values(function: Callable[[Array], Array], x: Array) -> Array:
-    return jax.vmap(function)(x)
+    return jax.lax.map(function, x, batch_size=AT_ONCE)
 
 
 class TiltWeights(NamedTuple):
