@@ -32,9 +32,11 @@ from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.memory import memory
 from ebm_ppl.models.annealed import Annealed
 from ebm_ppl.models.bounds import held_out_elpd, log_likelihood_bounds
+from ebm_ppl.models.critic import LogisticGAN, WassersteinGAN
 from ebm_ppl.models.diagnostics import latent_diagnostics
 from ebm_ppl.models.latent import LatentModel
 from ebm_ppl.models.likelihood import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood
+from ebm_ppl.models.tilt import calibrated, tilted, weigh_tilt
 from ebm_ppl.models.vae import EvidenceBound, vae
 from ebm_ppl.networks import ConvEnergy, ConvNetwork, DeconvNetwork, JointEnergy, SpectralNorm
 from ebm_ppl.noise import NoiseConditionalEnergy, noise_levels
@@ -123,6 +125,7 @@ __all__ = [
     "Laplace",
     "LatentModel",
     "LogZ",
+    "LogisticGAN",
     "MLPEnergy",
     "MonteCarloLikelihood",
     "NestedSampling",
@@ -146,9 +149,11 @@ __all__ = [
     "Target",
     "TemperingStalledError",
     "ThermodynamicIntegration",
+    "WassersteinGAN",
     "anneal",
     "as_numpyro_kernel",
     "auroc",
+    "calibrated",
     "calibration",
     "classifier_auc",
     "classifier_test",
@@ -189,5 +194,7 @@ __all__ = [
     "stein_test",
     "target",
     "thinned",
+    "tilted",
     "vae",
+    "weigh_tilt",
 ]

@@ -2,7 +2,7 @@
 
     effective size      num / (1 + 2 sum_k rho_k)               ArviZ's, the least over all coordinates
     spacing             num / effective size                    `spacing`, where an AR(1) keeps a correlation of .13
-    share of a mode     points nearest to its centre            `mode_weights`
+    share of a mode     points nearest to its centre            `mode_weights`, or of those the ones within a radius
     its error           sqrt(p (1 - p) / (n + 2))               n effective points, p = (n share + 1/2) / (n + 1)
 
 The error is the standard deviation of the posterior of a share under Jeffreys' prior: a mode without a point has one.
@@ -33,7 +33,7 @@ class ModeWeights(NamedTuple):
     """Shares of points nearest to each of several centres."""
 
     weight: np.ndarray
-    """(num_centres,), adding up to one."""
+    """(num_centres,), adding up to one, or to the share of points within a radius of any."""
     std_error: np.ndarray
     """(num_centres,)"""
 
@@ -62,17 +62,21 @@ def thinned(chains: ArrayLike) -> np.ndarray:
     return draws[:, ::every].reshape(-1, *draws.shape[2:])
 
 
-def mode_weights(points: ArrayLike, centres: ArrayLike, *, chains: bool = False) -> ModeWeights:
+def mode_weights(
+    points: ArrayLike, centres: ArrayLike, *, within: float | None = None, chains: bool = False
+) -> ModeWeights:
     """Shares of points that are nearest to each of several centres, with standard errors.
 
     Args:
         points: independent events, shape (num, *event_shape); with `chains`, (chain, draw, *event_shape).
         centres: of the modes, shape (num_centres, *event_shape).
+        within: distance from its centre beyond which a point counts for no mode: of four standard deviations of a
+            mode, say, whose weights then add up to the share of good samples, and are above zero for modes covered.
         chains: whether the points are those of Markov chains, whose errors are then those of their effective size.
 
     Raises:
         EnergyShapeError: where centres and points are of different shapes.
-        EnergyError: for a number that is not finite.
+        EnergyError: for a number that is not finite, or a radius that is not positive.
 
     Example:
         >>> ebm_ppl.mode_weights(data, [[-2.0, 0.0], [2.0, 0.0]]).weight
@@ -83,13 +87,18 @@ def mode_weights(points: ArrayLike, centres: ArrayLike, *, chains: bool = False)
     if draws.shape[2:] != shape:
         raise EnergyShapeError(f"A point has shape {draws.shape[2:]}, a centre {shape}.")
     rows, places = np.asarray(rows), np.asarray(places)
-    nearest = np.argmin([np.sum((rows - place) ** 2, axis=1) for place in places], axis=0)
-    within = (nearest[:, None] == np.arange(len(places))).reshape(*draws.shape[:2], -1).astype(float)
-    weight, num = within.mean(axis=(0, 1)), np.full(len(places), float(len(rows)))
+    if within is not None and not within > 0:
+        raise EnergyError(f"within is a distance, positive; got {within}.")
+    squares = np.stack([np.sum((rows - place) ** 2, axis=1) for place in places], axis=1)
+    counts = np.argmin(squares, axis=1)[:, None] == np.arange(len(places))
+    if within is not None:
+        counts &= squares <= within**2
+    inside = counts.reshape(*draws.shape[:2], -1).astype(float)
+    weight, num = inside.mean(axis=(0, 1)), np.full(len(places), float(len(rows)))
     if chains:
         of_points = _least(rows.reshape(*draws.shape[:2], -1))
         # A mode that all draws are in, or none, does not say itself how often they could have left it.
-        of_modes = [effective_size(each) if np.ptp(each) else of_points for each in np.moveaxis(within, -1, 0)]
+        of_modes = [effective_size(each) if np.ptp(each) else of_points for each in np.moveaxis(inside, -1, 0)]
         num = np.minimum(of_modes, num)
     p = (num * weight + 0.5) / (num + 1)
     return ModeWeights(weight, np.sqrt(p * (1 - p) / (num + 2)))

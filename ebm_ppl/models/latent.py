@@ -9,7 +9,7 @@
 
     VAE                   U = 0, with an encoder                                         `vae.py`
     latent EBM prior      U a network
-    critic                U(z) = -d(G(z)), d a critic of what the generator makes
+    critic                U(z) = -d(G(z)), d a critic of what the generator makes    `critic.py`, `tilt.py`
 
 `model` and `guide` are NumPyro programs with the sites `z` and `x` in a plate `observation`, so that such a model is
 conditioned, extended, tilted by an `energy_factor` and sampled as any other. In a larger model of your own,
@@ -116,17 +116,10 @@ class LatentModel(eqx.Module):
             return self.base
         return EnergyDistribution(self.energy, self.base, log_partition=self.log_partition)
 
-    def with_prior(self, energy: Callable[[Array], Array], log_partition: float | None = None) -> LatentModel:
-        """The same model with another tilt of its base."""
-        return LatentModel(
-            self.latent_dim,
-            self.decoder,
-            self.likelihood,
-            encoder=self.encoder,
-            base=self.base,
-            energy=energy,
-            log_partition=log_partition,
-        )
+    def with_prior(self, energy: Callable[[Array], Array] | None, log_partition: float | None = None) -> LatentModel:
+        """The same model with another tilt of its base, or none."""
+        parts = (energy, log_partition)
+        return eqx.tree_at(lambda model: (model.energy, model.log_partition), self, parts, is_leaf=lambda x: x is None)
 
     def given(self, z: Array) -> Any:
         """p(x | z), whose batch is that of z, shape (*batch, latent_dim)."""
@@ -168,6 +161,14 @@ class LatentModel(eqx.Module):
         with numpyro.plate(PLATE, num if data is None else len(data)):
             z = numpyro.sample("z", self.prior)
             return numpyro.sample("x", self.given(z), obs=data)  # pyright: ignore
+
+    def generate(self) -> Any:
+        """A NumPyro program of one z of the prior and the mean of p(x | z), G(z): sites `z` and `x`, with no noise.
+
+        Samplers see z alone: `ebm_ppl.target(LatentModel.generate, model)`.
+        """
+        z: Any = numpyro.sample("z", self.prior)
+        return numpyro.deterministic("x", self.given(z).mean)
 
     def guide(self, data: Array) -> Any:
         """Its guide, for NumPyro's variational inference."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from limits import chi2_limits
+from limits import chi2_limits, z_limit
 
 import ebm_ppl as ebm
 from ebm_ppl.evaluate.chains import spacing
@@ -30,6 +30,18 @@ def test_shares_are_those_of_the_nearest_centre():
     assert found.std_error[0] == pytest.approx(np.sqrt(p * (1 - p) / 6))
     image = ebm.mode_weights(points.reshape(4, 2, 1), np.reshape(CENTRES, (3, 2, 1)))
     np.testing.assert_array_equal(image.weight, found.weight)
+
+
+def test_points_far_from_their_centre_count_for_no_mode():
+    """Of 2000 points of a mode in two dimensions, exp(-r^2 / 2) lie beyond r standard deviations."""
+    near = CENTRES[0] + 0.1 * np.random.default_rng(0).normal(size=(2000, 2))
+    found = ebm.mode_weights(np.concatenate([near, np.full((500, 2), 50.0)]), CENTRES, within=0.2)
+    share = 0.8 * (1 - np.exp(-2))
+    assert abs(found.weight[0] - share) < z_limit(1) * np.sqrt(0.8 * share * np.exp(-2) / 2500)
+    np.testing.assert_array_equal(found.weight[1:], 0.0)
+    assert ebm.mode_weights(np.array([CENTRES[1]]), CENTRES, within=1e-9).weight[1] == 1
+    with pytest.raises(ebm.EnergyError, match="positive"):
+        ebm.mode_weights(near, CENTRES, within=0.0)
 
 
 @pytest.mark.parametrize("chains", [False, True])
