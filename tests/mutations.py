@@ -93,6 +93,8 @@ MUTATIONS = (
         "jax.vmap(of_event)(jax.random.split(key_draws, len(batch)), batch)",
         "jax.vmap(of_event, (None, 0))(key_draws, batch)",
         ("models/test_vae.py::test_events_have_draws_of_their_own",),
+    ),
+    Mutation(
         "a critic trained to call draws data",
         "models/critic.py",
         "jnp.mean(jax.nn.softplus(-of_data)) + jnp.mean(jax.nn.softplus(of_drawn))",
@@ -982,8 +984,8 @@ MUTATIONS = (
     Mutation(
         "evaluate: a classifier judged at what it was trained on",
         "evaluate/two_sample.py",
-        "found = margins(arrays, test, signs)",
-        "found = margins(arrays, train, signs)",
+        "return jax.vmap(trained)(test)",
+        "return jax.vmap(trained)(train)",
         ("evaluate/test_two_sample.py::test_classifier_that_learns_nothing_is_a_coin",),
     ),
     Mutation(
