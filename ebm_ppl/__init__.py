@@ -33,6 +33,8 @@ from ebm_ppl.memory import memory
 from ebm_ppl.models.annealed import Annealed
 from ebm_ppl.models.bounds import held_out_elpd, log_likelihood_bounds
 from ebm_ppl.models.diagnostics import latent_diagnostics
+from ebm_ppl.models.flow_fit import FittedFlow, fit_flow_to
+from ebm_ppl.models.flow_model import FlowEncoder, FlowModel
 from ebm_ppl.models.latent import LatentModel
 from ebm_ppl.models.likelihood import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood
 from ebm_ppl.models.vae import EvidenceBound, vae
@@ -52,10 +54,16 @@ from ebm_ppl.train.discrete import ConcreteScoreMatching, PseudoLikelihood, Rati
 from ebm_ppl.train.fit import fit
 from ebm_ppl.train.jarzynski import Jarzynski
 from ebm_ppl.train.latent import FittedLatent, fit_latent
-from ebm_ppl.train.likelihood import ContrastiveDivergence, MonteCarloLikelihood, PersistentContrastiveDivergence
+from ebm_ppl.train.likelihood import (
+    ContrastiveDivergence,
+    MaximumLikelihood,
+    MonteCarloLikelihood,
+    PersistentContrastiveDivergence,
+)
 from ebm_ppl.train.recovery import RecoveryLikelihood, recover
 from ebm_ppl.train.score import DenoisingScoreMatching, ScoreMatching
 from ebm_ppl.train.walkers import Dynamics
+from ebm_ppl.transport import Transported, transported
 from ebm_ppl.typing import (
     CheckpointError,
     DegenerateParticlesError,
@@ -104,11 +112,14 @@ __all__ = [
     "EnergyShapeError",
     "EnergyWarning",
     "EvidenceBound",
+    "FittedFlow",
     "FittedLatent",
     "FittedReference",
     "Flow",
     "FlowDistribution",
+    "FlowEncoder",
     "FlowGenerator",
+    "FlowModel",
     "FunctionEnergy",
     "GaussianLikelihood",
     "Gibbs",
@@ -124,6 +135,7 @@ __all__ = [
     "LatentModel",
     "LogZ",
     "MLPEnergy",
+    "MaximumLikelihood",
     "MonteCarloLikelihood",
     "NestedSampling",
     "NoReferenceError",
@@ -146,6 +158,7 @@ __all__ = [
     "Target",
     "TemperingStalledError",
     "ThermodynamicIntegration",
+    "Transported",
     "anneal",
     "as_numpyro_kernel",
     "auroc",
@@ -159,6 +172,7 @@ __all__ = [
     "evaluate",
     "evidence_between",
     "fit",
+    "fit_flow_to",
     "fit_latent",
     "frechet_distance",
     "held_out_elpd",
@@ -189,5 +203,6 @@ __all__ = [
     "stein_test",
     "target",
     "thinned",
+    "transported",
     "vae",
 ]
