@@ -120,12 +120,16 @@ def banana(z: jax.Array) -> jax.Array:
 
 def transport(seed: int) -> None:
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(10, 10)))[0].astype(np.float32)
-    key = jax.random.key(0)
-    affine = coupling_flow(key, base_dist=Normal(jnp.zeros(10)), nn_width=64, nn_activation=jax.nn.silu, invert=False)
+
+    def affine(dim: int) -> Any:
+        base = Normal(jnp.zeros(dim))
+        return coupling_flow(jax.random.key(0), base_dist=base, nn_width=64, nn_activation=jax.nn.silu, invert=False)
+
+    reverse = {"divergence": "reverse"}
     problems = {
-        "banana, 2-d": (banana, 2, 20.0, None, {}),
-        "funnel, 10-d": (funnel, 10, 10.0, affine, {"divergence": "reverse"}),
-        "rotated funnel, 10-d": (lambda z: funnel(turn.T @ z), 10, 10.0, affine, {"divergence": "reverse"}),
+        "banana, 2-d": (banana, 2, 20.0, affine(2), {}),
+        "funnel, 10-d": (funnel, 10, 10.0, affine(10), reverse),
+        "rotated funnel, 10-d": (lambda z: funnel(turn.T @ z), 10, 10.0, affine(10), reverse),
     }
     for name, (log_density, dim, scale, flow, how) in problems.items():
         target = one_energy(log_density, dim, scale)

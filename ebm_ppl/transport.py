@@ -70,7 +70,8 @@ def transported(target: Target, flow: Any) -> Transported:
     """The same target in the space of a flow, for any sampler and estimator: draws are those of the model's own sites.
 
     Each step takes `T` and its derivative, so that a flow is fast here that is fast in that direction: a coupling flow,
-    or an autoregressive one that is made with `invert=False`.
+    or an autoregressive one that is made with `invert=False`. Divergences of chains come from tails that the flow has
+    got wrong: a smooth flow (layers that shift and scale, where splines end somewhere), or a larger `target_accept`.
 
     Args:
         target: from `ebm_ppl.target`.

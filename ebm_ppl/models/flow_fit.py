@@ -285,8 +285,8 @@ def _doubts(final: Weighed, opinion: Opinion | None) -> list[str]:
     if final.effective_share < FAIR_SHARE or final.pareto_k > LARGEST_K:
         doubts.append(
             f"The flow is not the target: {final.effective_share:.1%} of the weighted draws are effective, Pareto k "
-            f"{final.pareto_k:.2f}. It has lost a mode, or is too small or too little trained: particles "
-            "(sampler=SMC(...)), more steps or a larger flow help."
+            f"{final.pareto_k:.2f}. It has lost a mode or a tail, or is too small or too little trained: "
+            "particles (sampler=SMC(...)), more steps or a larger flow help."
         )
     if opinion is not None:
         gap = abs(final.value - opinion.value)
