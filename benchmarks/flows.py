@@ -22,16 +22,20 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 from densities import DENSITIES
 from flowjax.bijections import RationalQuadraticSpline
 from flowjax.distributions import Normal
 from flowjax.flows import coupling_flow, masked_autoregressive_flow
 from flowjax.train import fit_to_data
+from flowjax.train.losses import MaximumLikelihoodLoss
 from jax.scipy.special import logsumexp
 
 import ebm_ppl as ebm
 
-NUM, BATCH, EPOCHS, RATE = 10_000, 128, 30, 1e-3
+NUM, BATCH, EPOCHS = 10_000, 128, 30
+# Each is one object, since flowjax compiles anew for another.
+LOSS, ADAM = MaximumLikelihoodLoss(), optax.adam(1e-3)
 PLANE = Normal(jnp.zeros(2))
 SPLINE = RationalQuadraticSpline(knots=8, interval=4)
 FLOWS: dict[str, Callable[[Any], Any]] = {
@@ -61,7 +65,7 @@ def likelihood(seed: int) -> None:
     each = (NUM - few) // BATCH
     for name, make in FLOWS.items():
         flow, key = make(jax.random.key(seed)), jax.random.key(seed + 1)
-        how: dict[str, Any] = {"learning_rate": RATE, "max_patience": EPOCHS, "batch_size": BATCH}
+        how: dict[str, Any] = {"loss_fn": LOSS, "optimizer": ADAM, "max_patience": EPOCHS, "batch_size": BATCH}
 
         def theirs(flow: Any = flow, key: Any = key, how: Any = how) -> Any:
             return fit_to_data(key, flow, data, max_epochs=EPOCHS, show_progress=False, **how)[0]
@@ -69,7 +73,9 @@ def likelihood(seed: int) -> None:
         def ours(flow: Any = flow, key: Any = key) -> Any:
             how: dict[str, Any] = {"held_out": data[:few], "every": each, "averaging": 0.99, "progress_bar": False}
             model, objective, num_steps = ebm.FlowModel(flow), ebm.MaximumLikelihood(), EPOCHS * each
-            return ebm.fit(key, model, data[few:], objective, num_steps=num_steps, batch_size=BATCH, **how).energy.flow
+            return ebm.fit(
+                key, model, data[few:], objective, num_steps=num_steps, batch_size=BATCH, optimiser=ADAM, **how
+            ).energy.flow
 
         for trainer, work in {"flowjax": theirs, "ebm_ppl": ours}.items():
             spent, fitted = seconds(work)
