@@ -34,6 +34,8 @@ from ebm_ppl.models.annealed import Annealed
 from ebm_ppl.models.bounds import held_out_elpd, log_likelihood_bounds
 from ebm_ppl.models.critic import LogisticGAN, WassersteinGAN
 from ebm_ppl.models.diagnostics import latent_diagnostics
+from ebm_ppl.models.flow_fit import FittedFlow, fit_flow_to
+from ebm_ppl.models.flow_model import FlowEncoder, FlowModel
 from ebm_ppl.models.latent import LatentModel
 from ebm_ppl.models.likelihood import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood
 from ebm_ppl.models.tilt import calibrated, tilted, weigh_tilt
@@ -54,10 +56,16 @@ from ebm_ppl.train.discrete import ConcreteScoreMatching, PseudoLikelihood, Rati
 from ebm_ppl.train.fit import fit
 from ebm_ppl.train.jarzynski import Jarzynski
 from ebm_ppl.train.latent import FittedLatent, fit_latent
-from ebm_ppl.train.likelihood import ContrastiveDivergence, MonteCarloLikelihood, PersistentContrastiveDivergence
+from ebm_ppl.train.likelihood import (
+    ContrastiveDivergence,
+    MaximumLikelihood,
+    MonteCarloLikelihood,
+    PersistentContrastiveDivergence,
+)
 from ebm_ppl.train.recovery import RecoveryLikelihood, recover
 from ebm_ppl.train.score import DenoisingScoreMatching, ScoreMatching
 from ebm_ppl.train.walkers import Dynamics
+from ebm_ppl.transport import Transported, transported
 from ebm_ppl.typing import (
     CheckpointError,
     DegenerateParticlesError,
@@ -106,11 +114,14 @@ __all__ = [
     "EnergyShapeError",
     "EnergyWarning",
     "EvidenceBound",
+    "FittedFlow",
     "FittedLatent",
     "FittedReference",
     "Flow",
     "FlowDistribution",
+    "FlowEncoder",
     "FlowGenerator",
+    "FlowModel",
     "FunctionEnergy",
     "GaussianLikelihood",
     "Gibbs",
@@ -127,6 +138,7 @@ __all__ = [
     "LogZ",
     "LogisticGAN",
     "MLPEnergy",
+    "MaximumLikelihood",
     "MonteCarloLikelihood",
     "NestedSampling",
     "NoReferenceError",
@@ -149,6 +161,7 @@ __all__ = [
     "Target",
     "TemperingStalledError",
     "ThermodynamicIntegration",
+    "Transported",
     "WassersteinGAN",
     "anneal",
     "as_numpyro_kernel",
@@ -164,6 +177,7 @@ __all__ = [
     "evaluate",
     "evidence_between",
     "fit",
+    "fit_flow_to",
     "fit_latent",
     "frechet_distance",
     "held_out_elpd",
@@ -195,6 +209,7 @@ __all__ = [
     "target",
     "thinned",
     "tilted",
+    "transported",
     "vae",
     "weigh_tilt",
 ]

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -131,7 +132,7 @@ def fit_flow(
         FlowDensity(fixed(mean), fixed(scale), untrained),
         (points, weights / np.mean(weights)),
         loss_fn=_unlikeliness,
-        optimizer=_optimiser(0),
+        optimizer=optimiser(0),
         max_epochs=EPOCHS,
         max_patience=PATIENCE,
         batch_size=POINTS,
@@ -143,7 +144,7 @@ def fit_flow(
             (flow, NonTrainable(target)),
             loss_fn=_divergence,
             steps=settings.num_steps,
-            optimizer=_optimiser(settings.num_steps),
+            optimizer=optimiser(settings.num_steps),
             show_progress=False,
         )
     return unwrap(flow), settings.num_steps * BATCH
@@ -176,7 +177,7 @@ def _outputs(bijection: Any) -> tuple[Array, Array]:
 
 
 @functools.cache
-def _optimiser(num_steps: int) -> optax.GradientTransformation:
+def optimiser(num_steps: int) -> optax.GradientTransformation:
     """Adam, at a rate that falls to zero over so many steps, or stays as it is where there is no telling how many."""
     rate = optax.cosine_decay_schedule(RATE, num_steps) if num_steps else RATE
     steps = optax.chain(optax.clip_by_global_norm(LARGEST_GRADIENT), optax.adam(rate))
@@ -192,22 +193,28 @@ def _unlikeliness(params: Any, static: Any, points: Array, weights: Array, key: 
 
 
 def _divergence(params: Any, static: Any, key: PRNGKey) -> Array:
-    """A number whose gradient is that of E_q[log q - log p] by way of the draws alone.
-
-    A draw where p is zero or not a number has no gradient to follow, and counts for nothing.
-    """
+    """E_q[log q - log p] by draws of q, as flowjax's training wants it."""
     from paramax import unwrap
 
     flow, fixed = (unwrap(eqx.combine(x, static)[0]) for x in (params, jax.lax.stop_gradient(params)))
     target = static[1].tree
-
-    def log_ratio(z: Array) -> Array:
-        return fixed.log_density(z) - log_joint(target, z)
-
     z = jax.vmap(flow.sample)(jax.random.split(key, BATCH))
-    slope = jax.vmap(jax.grad(log_ratio))(jax.lax.stop_gradient(z))
-    slope = jnp.where(jnp.all(jnp.isfinite(slope), axis=1, keepdims=True), slope, 0.0)
-    return jnp.sum(slope * z) / BATCH
+    return reverse_divergence(z, lambda z: fixed.log_density(z) - log_joint(target, z))
+
+
+def reverse_divergence(z: Array, log_ratio: Callable[[Array], Array]) -> Array:
+    """E_q[log q - log p] by draws z of q, (num, dim), whose gradient is that by way of the draws alone.
+
+    A draw where p is zero or not a number has no gradient to follow, and counts for nothing.
+
+    Args:
+        log_ratio: log q - log p at one point, without a gradient in the parameters of q.
+    """
+    values, slopes = jax.vmap(jax.value_and_grad(log_ratio))(jax.lax.stop_gradient(z))
+    counts = jnp.isfinite(values) & jnp.all(jnp.isfinite(slopes), axis=1)
+    along = jnp.sum(jnp.where(counts[:, None], slopes, 0.0) * z)
+    mean = jnp.sum(jnp.where(counts, values, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
+    return mean + (along - jax.lax.stop_gradient(along)) / len(z)
 
 
 def _placed(x: Array, flow: FlowDensity) -> Array:

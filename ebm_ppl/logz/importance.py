@@ -114,16 +114,16 @@ class Weighed:
 def draw(key: PRNGKey, reference: Rebased, num: int) -> tuple[np.ndarray, Weighed]:
     """`num` draws of a reference, shape (num, dim), and what they weigh."""
     groups = list(_groups(key, reference, num))
-    return np.concatenate([z for z, _ in groups]), _weighed([energy for _, energy in groups])
+    return np.concatenate([z for z, _ in groups]), weighed([energy for _, energy in groups])
 
 
 def weigh(key: PRNGKey, reference: Rebased, num: int) -> Weighed:
     """What `num` draws of a reference weigh, of which no more are held than are weighed at a time."""
-    return _weighed([energy for _, energy in _groups(key, reference, num)])
+    return weighed([energy for _, energy in _groups(key, reference, num)])
 
 
-def _weighed(energies: list[np.ndarray]) -> Weighed:
-    """By the energies relative to q; draws with a NaN energy weigh nothing."""
+def weighed(energies: list[np.ndarray]) -> Weighed:
+    """What draws weigh by their energies relative to q, in `BLOCKS`; those with a NaN energy weigh nothing."""
     energy = np.concatenate(energies)
     nan = check_energies(energy, "draws of the fitted reference")
     return Weighed(np.where(np.isnan(energy), -np.inf, -energy).reshape(BLOCKS, -1), nan)

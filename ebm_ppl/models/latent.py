@@ -2,7 +2,7 @@
 
     p(z)      =  base(z) exp(-U(z)) / Z                        `prior`; U = 0 where there is no energy
     p(x | z)  =  likelihood(decoder(z))                        `given`
-    q(z | x)  =  Normal(m, s),  (m, log s) = encoder(x)        `posterior_guess`
+    q(z | x)  =  Normal(m, s),  (m, log s) = encoder(x)        `posterior_guess`; or a flow, by a `FlowEncoder`
     E(x, z)   =  -log p(x | z) - log p(z)                      `joint_energy`
     U(x)      =  -log int exp(-E(x, z)) dz                     the free energy, -log p(x): `log_likelihood_bounds`
     w(z)      =  p(x, z) / q(z | x)                            `log_weight`;  E_q[w] = p(x),  E_q[log w] <= log p(x)
@@ -59,7 +59,8 @@ class LatentModel(eqx.Module):
         decoder: from one z, shape (latent_dim,), to the likelihood's outputs.
         likelihood: from outputs to the distribution of x: `BernoulliLikelihood(...)`, say.
         encoder: from one event to the mean and the log standard deviation of z, shape (2 * latent_dim,); needed by
-            what takes a guide.
+            what takes a guide. Or a module with a method `guess(outputs) -> distribution of z`, which makes of its
+            outputs what it likes: `FlowEncoder(network, flow)`.
         base: a NumPyro distribution of z; standard normal where None. A `FlowDistribution` is trained with the rest,
             anything else stays as it is.
         energy: U, of one z, in nats.
@@ -73,7 +74,7 @@ class LatentModel(eqx.Module):
 
     decoder: Callable[[Array], Array]
     likelihood: Likelihood
-    encoder: Callable[[Array], Array] | None
+    encoder: Any
     energy: Callable[[Array], Array] | None
     log_partition: float | None
     _base: Any
@@ -98,7 +99,12 @@ class LatentModel(eqx.Module):
         _require_shape(given.batch_shape + given.event_shape, z.shape, "The base of z")
         _require_shape(eqx.filter_eval_shape(decoder, z).shape, (likelihood.num_outputs,), "The decoder's output")
         if encoder is not None:
-            _require_shape(eqx.filter_eval_shape(encoder, x).shape, (2 * latent_dim,), "The encoder's output")
+            outputs = eqx.filter_eval_shape(encoder, x)
+            if hasattr(encoder, "guess"):
+                guess = eqx.filter_eval_shape(lambda outputs: encoder.guess(outputs).sample(jax.random.key(0)), outputs)
+                _require_shape(guess.shape, z.shape, "A draw of the encoder")
+            else:
+                _require_shape(outputs.shape, (2 * latent_dim,), "The encoder's output")
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -130,7 +136,10 @@ class LatentModel(eqx.Module):
         if self.encoder is None:
             raise EnergyError("This model has no encoder to guess z by: pass encoder=... to LatentModel.")
         axes = ",".join(f"e{axis}" for axis in range(len(self.event_shape)))
-        mean, log_scale = jnp.split(jnp.vectorize(self.encoder, signature=f"({axes})->(o)")(x), 2, axis=-1)
+        outputs = jnp.vectorize(self.encoder, signature=f"({axes})->(o)")(x)
+        if hasattr(self.encoder, "guess"):
+            return self.encoder.guess(outputs)
+        mean, log_scale = jnp.split(outputs, 2, axis=-1)
         return dist.Normal(mean, jnp.exp(log_scale)).to_event(1)
 
     def sample_latents(self, key: PRNGKey, num: int, sampler: SMC | ParallelTempering | Sampler | None = None) -> Array:

@@ -1,7 +1,8 @@
-"""Maximum likelihood with negatives from weighted draws of the base, or from short runs of a Markov chain.
+"""Maximum likelihood: by itself where log Z is zero, else with negatives from weighted draws, or from Markov chains.
 
     grad log p(data) = -E_data[grad U] + E_p[grad U]
 
+    maximum likelihood          E_p[grad U] = 0, since the energy is normalised by construction: a flow's
     Monte Carlo likelihood      E_p by draws of the base that are weighted, w(x) ~ exp(-U(x)): as good as the base is
                                 near the model, in a few dimensions or with a flow for a base
     contrastive divergence      walkers start at the data of the step: blind to what lies far from all data, and
@@ -31,6 +32,40 @@ from jax.scipy.special import logsumexp
 from ebm_ppl.train.objective import Density, Metrics, Objective, energy_gap
 from ebm_ppl.train.walkers import Dynamics, next_step_size, walk
 from ebm_ppl.typing import Array, EnergyError, PRNGKey
+
+
+class MaximumLikelihood(Objective):
+    """Maximum likelihood of an energy whose log Z is zero by construction, a `FlowModel`: `loss = mean U(data)`.
+
+    An energy says that it is such by an attribute `is_normalized = True`: of any other the loss would fall for ever.
+
+    Raises:
+        EnergyError: for an energy that does not say so, and for a base, which would make log Z another one.
+
+    Example:
+        >>> fitted = ebm_ppl.fit(key, ebm_ppl.FlowModel(flow), data, ebm_ppl.MaximumLikelihood())
+    """
+
+    name = "maximum likelihood"
+    is_comparable = True
+
+    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
+        if not getattr(density.energy, "is_normalized", False):
+            raise EnergyError(
+                f"MaximumLikelihood takes an energy with log Z = 0, such as FlowModel(flow), that says so by "
+                f"is_normalized = True: {type(density.energy).__name__} does not. Jarzynski(), NoiseContrast() and "
+                "others train an energy whose log Z is not known."
+            )
+        if density.base is not None:
+            raise EnergyError(
+                "MaximumLikelihood takes no base: log Z of the energy is zero without one. Leave base away."
+            )
+        return (), ()
+
+    def loss(
+        self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
+    ) -> tuple[Array, tuple[Any, Metrics]]:
+        return jnp.mean(jax.vmap(density.tilt)(batch)), (state, {})
 
 
 class MonteCarloLikelihood(Objective):
