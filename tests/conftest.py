@@ -1,7 +1,9 @@
 """The suite runs in double precision and without a display; `run_in_float32` starts a fresh process in single.
 
 Most of its time is compilation. So compiled programs are kept on disk (`.jax_cache`, which may be deleted at any time),
-for the other workers, for processes that tests start, and for the next time.
+for the other workers, for processes that tests start, and for the next time. And what runs by a plain `jax.jit` is
+compiled without the optimisation of LLVM, which takes longer than what it saves; what `ebm_ppl.parallel` compiles has
+levels of its own (`ebm_ppl/xla.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Of two that are at odds the last one counts, and so one that is there already.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
 
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     # One core for each worker: the thread pools of several XLAs on the same cores wait for one another.

@@ -25,8 +25,15 @@ USED_AGAIN = {
     "waste-free": ebm.SMC(num_particles=2000, chain_length=10, num_moves=1),
     "persistent": ebm.SMC(num_particles=500, persistence=8, num_moves=1),
 }
+QUICK = {("waste-free", "normal_mean"), ("persistent", "three_roles")}
+"""Two phases for the particles that are carried from one to the next."""
 INDEPENDENCE = ebm.SMC(num_particles=500, kernel=ebm.Independence())
 KNOWN = [name for name, problem in PROBLEMS.items() if "SMC" in problem.samplers]
+ALIKE = {
+    *("beta_binomial", "gamma_poisson", "absolute_loss", "dynamic_support", "correlation", "enumerated", "tilted_prior")
+}
+"""Left to the slow tests: to SMC a model is its energies and draws of its reference, which `test_target.py` and the
+chains of `test_mcmc.py` check for these as well, and what is then done with them is the same as for the others."""
 TWO_PHASES = [name for name in KNOWN if PROBLEMS[name].log_z_prior is not None]
 NUM_COMPONENTS = sum(2 * np.size(mean) for name in KNOWN for mean in PROBLEMS[name].means.values())
 
@@ -51,17 +58,22 @@ class Result:
 # Every problem
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in KNOWN]
+)
 def test_evidence_and_particles(name):
     """All runs of one problem, in one call, and all that they promise."""
     check_runs(name, SAMPLER, COSTLY.get(name, NUM_RUNS))
 
 
 @pytest.mark.parametrize(
-    "name",
-    [name if name == "three_roles" else pytest.param(name, marks=pytest.mark.slow) for name in KNOWN],
+    ("scheme", "name"),
+    [
+        pytest.param(scheme, name, marks=() if (scheme, name) in QUICK else pytest.mark.slow)
+        for scheme in USED_AGAIN
+        for name in KNOWN
+    ],
 )
-@pytest.mark.parametrize("scheme", USED_AGAIN)
 def test_particles_used_again(scheme, name):
     """The same promises by waste-free SMC and by persistent sampling."""
     check_runs(name, USED_AGAIN[scheme], 100)
@@ -245,9 +257,9 @@ def test_error_of_a_single_family_is_unknown():
 # What a partition function means
 
 
-def _quick(model, *args, num_runs=4, key=0, num_particles=200):
-    sampler = ebm.SMC(num_particles=num_particles)
-    return ebm.log_z(jax.random.key(key), ebm.target(model, *args), sampler, num_runs=num_runs)
+def _quick(model, *args, num_runs=4, key=0):
+    """By the sampler of the registry, so that a model from there runs by the programs that are compiled already."""
+    return ebm.log_z(jax.random.key(key), ebm.target(model, *args), SAMPLER, num_runs=num_runs)
 
 
 def test_constant_energy_is_exact():
@@ -302,18 +314,15 @@ def test_log_bayes_factor_of_two_models_of_the_same_data():
         covariance = np.eye(3) + scale**2
         return -0.5 * (y @ np.linalg.solve(covariance, y) + np.linalg.slogdet(2 * np.pi * covariance)[1])
 
-    wide, narrow = _quick(model, y, 10.0, num_runs=20), _quick(model, y, 1.0, num_runs=20, key=1)
+    wide, narrow = (_quick(model, y, np.array(scale), num_runs=20, key=key) for key, scale in enumerate((10.0, 1.0)))
     factor = wide - narrow
     assert factor.std_error == pytest.approx(math.hypot(wide.std_error, narrow.std_error))
     assert abs(factor.value - (evidence(10.0) - evidence(1.0))) < t_limit(1, 19) * factor.std_error
 
 
 def test_different_data_are_not_compared():
-    def model(y):
-        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
-        numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
-
-    one, other = _quick(model, jnp.asarray(0.5)), _quick(model, jnp.asarray(0.6))
+    problem = PROBLEMS["normal_mean"]
+    one, other = (_quick(problem.model, y) for y in (*problem.args, problem.args[0] + 0.1))
     with pytest.raises(ebm.IncomparableError, match="different observed data"):
         one - other
     assert (one - one).value == 0.0
@@ -360,15 +369,9 @@ def test_runs_are_independent_and_reproducible():
 
 def test_particles_move_independently():
     """Particles that share an ancestor part from it each in its own direction."""
-
-    def model(y):
-        x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
-        numpyro.sample("y", dist.Normal(x.sum(), 0.1), obs=y)
-
-    data = ebm.sample(
-        jax.random.key(0), ebm.target(model, 3.0), ebm.SMC(num_particles=300), num_chains=2, progress_bar=False
-    )
-    for run in data["posterior"]["x"].values:
+    target = PROBLEMS["regression"].target()
+    data = ebm.sample(jax.random.key(0), target, SAMPLER, num_chains=2, progress_bar=False, log_likelihood=False)
+    for run in data["posterior"]["beta"].values:
         moved = np.unique(run, axis=0)
         # Only a particle whose every move was rejected can be a copy of another.
         assert len(moved) > 0.95 * len(run)
@@ -384,7 +387,7 @@ def test_other_kernels(kernel):
     assert low < np.sum(scores**2) < high
 
 
-@pytest.mark.parametrize("name", ["three_roles", pytest.param("mixture", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mixture", pytest.param("three_roles", marks=pytest.mark.slow)])
 def test_moves_that_jump(name):
     """The same promises by an independence sampler: two modes that overlap, and two phases."""
     check_runs(name, INDEPENDENCE, NUM_RUNS)
@@ -504,10 +507,10 @@ def test_improper_reference_is_refused_for_log_z_alone():
 
 def test_progress_bar_changes_nothing(capsys):
     problem = PROBLEMS["normal_mean"]
-    target, sampler = problem.target(), ebm.SMC(num_particles=200)
-    shown = ebm.log_z(jax.random.key(0), target, sampler, num_runs=4, progress_bar=True)
+    target = problem.target()
+    shown = ebm.log_z(jax.random.key(0), target, SAMPLER, num_runs=4, progress_bar=True)
     assert "SMC data" in capsys.readouterr().err
-    hidden = ebm.log_z(jax.random.key(0), target, sampler, num_runs=4, progress_bar=False)
+    hidden = ebm.log_z(jax.random.key(0), target, SAMPLER, num_runs=4, progress_bar=False)
     assert capsys.readouterr().err == ""
     np.testing.assert_array_equal(shown.replicates, hidden.replicates)
 
@@ -522,5 +525,5 @@ def test_runs_of_a_model_without_linear_algebra_go_in_threads(monkeypatch):
         return program
 
     monkeypatch.setattr(parallel, "prepare_over", recorded)
-    ebm.log_z(jax.random.key(0), PROBLEMS["regression"].target(), ebm.SMC(num_particles=100), num_runs=2)
+    ebm.log_z(jax.random.key(0), PROBLEMS["regression"].target(), SAMPLER, num_runs=2)
     assert in_threads == {"initial": True, "enter": True, "_stage": True}

@@ -1,5 +1,7 @@
 """Energies that are conditional on a level of noise: what they learn at each, and draws by walking down the levels."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -68,16 +70,18 @@ def far_modes(num, seed=0):
 
 def slopes_of_denoising(variances, batch, num=64):
     """Loss and its gradient in the variance of each level, (num, 1 + levels), for independent keys."""
-    objective = ebm.DenoisingScoreMatching(LEVELS)
+    return np.asarray(slope_of_denoising(jax.random.split(jax.random.key(0), num), variances, batch))
 
-    def one(key):
-        def loss(energy):
-            return objective.loss(key, Density(energy, None, batch.shape[1:]), (), (), batch)[0]
 
-        value, gradient = jax.value_and_grad(loss)(Bells(variances))
-        return jnp.append(value, gradient.variances)
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(0, None, None))
+def slope_of_denoising(key, variances, batch):
+    def loss(energy):
+        density = Density(energy, None, batch.shape[1:])
+        return ebm.DenoisingScoreMatching(LEVELS).loss(key, density, (), (), batch)[0]
 
-    return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), num)))
+    value, gradient = jax.value_and_grad(loss)(Bells(variances))
+    return jnp.append(value, gradient.variances)
 
 
 def test_denoising_at_many_levels_is_least_at_the_noisy_density_of_each():

@@ -322,9 +322,9 @@ def test_walkers_stay_in_the_support_of_the_base():
     """exp(-x) exp(-w x) on the positive line, whose Z is 1 / (1 + w); a half of all moves would cross the border."""
     objective = ebm.Jarzynski(1024, dynamics=Dynamics(ebm.MALA(), 1))
     data, scores = np.random.default_rng(0).exponential(0.5, (1000, 1)), []
-    for seed in range(8):
-        start = ebm.ScaledEnergy(lambda x: x[0], jnp.zeros(()))
-        settings = {"optimiser": optax.adam(1e-2), "num_steps": 100, "every": 100, "progress_bar": False}
+    start = ebm.ScaledEnergy(lambda x: x[0], jnp.zeros(()))
+    settings = {"optimiser": optax.adam(1e-2), "num_steps": 100, "every": 100, "progress_bar": False}
+    for seed in range(8):  # by one program, that of this energy and this optimiser
         fitted = ebm.fit(jax.random.key(seed), start, data, objective, base=POSITIVE, **settings)
         assert np.all(fitted.state.driver.points >= 0)
         _, told = objective.weighed(fitted.state, Density(fitted.energy, POSITIVE, (1,)))
