@@ -5,7 +5,6 @@
                                          energy of what it classifies: p(x, y) is proportional to exp f(x)[y]
     W / max(1, |W| / bound)              `SpectralNorm`: |W| the largest singular value of each layer, so that a network
                                          of L layers has a slope of bound^L at most
-    the same                             `quickened`: layers whose weights have their gradient sooner
 
 References:
     Grathwohl, Wang, Jacobsen, Duvenaud, Norouzi and Swersky (2020), Your classifier is secretly an energy based model
@@ -254,32 +253,3 @@ def _norm(layer: Any, num_iterations: int) -> Array:
         )
         norm = norm * math.sqrt(overlap)
     return norm
-
-
-class _Widening(eqx.nn.Linear):
-    """A linear layer with more outputs than inputs.
-
-    The gradient of its weights is `slopes' points` of slopes[batch, outputs] and points[batch, inputs]. XLA multiplies
-    those on the CPU by way of a transpose of the larger one, which takes five to twelve times as long as `points'
-    slopes` where two inputs have 128 outputs, and would make the former of the latter, but for the barrier.
-    """
-
-    def __init__(self, layer: eqx.nn.Linear):
-        for name, value in vars(layer).items():
-            setattr(self, name, value)
-
-    def __call__(self, x: Array, *, key: PRNGKey | None = None) -> Array:
-        y = x @ jax.lax.optimization_barrier(self.weight.T)
-        return y if self.bias is None else y + self.bias
-
-
-def quickened(network: Any) -> Any:
-    """The same function, with linear layers whose gradient in the weights takes less time for a batch of points."""
-
-    def quicker(layer: Any) -> Any:
-        if type(layer) is not eqx.nn.Linear:
-            return layer
-        inputs, outputs = layer.in_features, layer.out_features
-        return _Widening(layer) if isinstance(inputs, int) and isinstance(outputs, int) and inputs < outputs else layer
-
-    return jax.tree.map(quicker, network, is_leaf=_is_layer)

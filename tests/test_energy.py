@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ebm_ppl
-from ebm_ppl.energy import as_energy_values
+from ebm_ppl.energy import as_energy_values, quickened
 
 PRECISION = jnp.array([[2.0, 0.5], [0.5, 1.0]])
 MEAN = jnp.array([1.0, -1.0])
@@ -134,3 +134,22 @@ def test_a_constant_factor_is_checked_inside_jit_too():
 def test_a_number_is_no_energy():
     with pytest.raises(TypeError, match="unsupported operand"):
         1 + ebm_ppl.FunctionEnergy(jnp.square)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_quickened_network_is_the_same_function(use_bias):
+    """Only layers of fewer inputs than outputs are changed."""
+    network = eqx.nn.MLP(2, 3, 8, 2, jnp.tanh, use_bias=use_bias, key=jax.random.key(0))
+    layers = [type(layer) is not eqx.nn.Linear for layer in quickened(network).layers]
+    assert layers == [True, False, False]
+    points = jax.random.normal(jax.random.key(1), (5, 2))
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def slopes(network, change):
+        """In the weights, of slopes in the points."""
+        slope = jax.vmap(jax.jacobian(change(network)))(points)
+        return jnp.sum(slope**2)
+
+    for ours, theirs in zip(*(jax.tree.leaves(slopes(network, x)) for x in (quickened, lambda x: x)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)

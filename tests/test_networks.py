@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import ebm_ppl as ebm
-from ebm_ppl.networks import quickened
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (28, 28), (3, 9, 7)], ids=str)
@@ -37,25 +36,6 @@ def operator(layer, shape):
     """Matrix of a layer without its bias."""
     zero = jnp.zeros(shape)
     return jax.jacobian(lambda x: layer(x).ravel())(zero).reshape(-1, zero.size)
-
-
-@pytest.mark.parametrize("use_bias", [True, False])
-def test_a_quickened_network_is_the_same_function(use_bias):
-    """Only layers of fewer inputs than outputs are changed."""
-    network = eqx.nn.MLP(2, 3, 8, 2, jnp.tanh, use_bias=use_bias, key=jax.random.key(0))
-    layers = [type(layer) is not eqx.nn.Linear for layer in quickened(network).layers]
-    assert layers == [True, False, False]
-    points = jax.random.normal(jax.random.key(1), (5, 2))
-
-    @eqx.filter_jit
-    @eqx.filter_grad
-    def slopes(network, change):
-        """In the weights, of slopes in the points."""
-        slope = jax.vmap(jax.jacobian(change(network)))(points)
-        return jnp.sum(slope**2)
-
-    for ours, theirs in zip(*(jax.tree.leaves(slopes(network, x)) for x in (quickened, lambda x: x)), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
 def test_layers_are_scaled_to_the_bound():

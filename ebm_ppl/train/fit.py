@@ -31,7 +31,6 @@ import optax
 from paramax import NonTrainable
 
 from ebm_ppl import checkpoint as files
-from ebm_ppl.networks import quickened
 from ebm_ppl.train.checks import as_classes, check_events, check_finite, check_judgement, warn_of_doubts
 from ebm_ppl.train.objective import Density, Metrics, Objective, flat, log_prob
 from ebm_ppl.train.record import Record
@@ -195,7 +194,7 @@ class Given(eqx.Module):
     averaging: float = eqx.field(static=True)
 
     def density(self, trainable: Any) -> Density:
-        return Density(quickened(eqx.combine(trainable, self.fixed)), self.base, self.event_shape)
+        return Density(eqx.combine(trainable, self.fixed), self.base, self.event_shape)
 
 
 @functools.cache

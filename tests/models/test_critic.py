@@ -162,7 +162,7 @@ def test_the_best_critic_is_the_log_density_ratio():
     assert np.all(np.abs(scores) < t_limit(4, NUM - 1))
 
 
-@pytest.mark.parametrize("of_game", [ebm.LogisticGAN, ebm.WassersteinGAN])
+@pytest.mark.parametrize("of_game", [ebm.LogisticGAN, pytest.param(ebm.WassersteinGAN, marks=pytest.mark.slow)])
 def test_a_generator_comes_to_the_data(of_game):
     """Mean and standard deviation are those of the data within a tenth, the noise stays, and the critic gives way."""
     points = data(4000, 2.0, 0.5)

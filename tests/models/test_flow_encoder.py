@@ -57,6 +57,7 @@ def test_guide_is_the_flow_under_the_conditions_of_each_event():
     assert np.max(np.abs(scores)) < z_limit(6)
 
 
+@pytest.mark.slow
 def test_evidence_bound_trains_the_guide_and_stays_below_the_likelihood():
     """log p(x) = log N(b, W W' + s^2) in closed form: a bound that is not below it is none."""
     model = with_flow_guide()

@@ -116,7 +116,11 @@ def test_gradient_of_a_tilted_prior_is_that_of_the_likelihood():
     assert np.abs(exact) > 0.1
 
 
-@pytest.mark.parametrize("objective", [ebm.MonteCarloLikelihood(256), ebm.Jarzynski(num_walkers=64)])
+@pytest.mark.parametrize(
+    "objective",
+    [pytest.param(ebm.MonteCarloLikelihood(256), marks=pytest.mark.slow), ebm.Jarzynski(num_walkers=64)],
+    ids=["likelihood", "jarzynski"],
+)
 def test_a_tilted_prior_is_trained_beside_the_model(objective):
     model = ebm.vae(
         jax.random.key(0),
@@ -140,7 +144,7 @@ def test_a_tilted_prior_is_trained_beside_the_model(objective):
     assert "prior_log_z" in fitted.record["training"]
 
 
-@pytest.mark.parametrize("kind", ["bits", "categories"])
+@pytest.mark.parametrize("kind", ["bits", pytest.param("categories", marks=pytest.mark.slow)])
 def test_images_by_convolutions(kind):
     rng = np.random.default_rng(0)
     likelihood = {"bits": ebm.BernoulliLikelihood((8, 8)), "categories": ebm.CategoricalLikelihood((8, 8), 3)}[kind]
