@@ -162,7 +162,7 @@ def model(radius):
 
 
 figure, axes = plt.subplots(1, 3, figsize=(10, 3), sharey=True, layout="constrained")
-for axis, radius in zip(axes, (-1.0, 0.5, 1.5), strict=True):
+for axis, radius in zip(axes, np.array([-1.0, 0.5, 1.5]), strict=True):
     draws = ebm.sample(jax.random.key(3), ebm.target(model, radius), num_samples=NUM_DRAWS, progress_bar=False)
     concavity = draws["posterior"]["tumour"].values[..., 1].ravel()
     near = columns[np.abs(columns[:, 0] - radius) < 0.2, 1]

@@ -17,7 +17,7 @@ import numpyro.distributions as dist
 import pytest
 
 import ebm_ppl as ebm
-from ebm_ppl import parallel, sharding, smc
+from ebm_ppl import parallel, sharding, smc, xla
 from ebm_ppl.sharding import Layout
 
 ROUNDING = 1e-9
@@ -30,6 +30,7 @@ DEVICES = """
 import json, jax
 jax.config.update("jax_enable_x64", True)
 import test_sharding
+test_sharding.in_a_hurry()
 print(json.dumps(test_sharding.comparison(jax.make_mesh((2, 2), ("a", "b")))))
 """
 PROCESSES = """
@@ -39,6 +40,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 number, port = map(int, sys.argv[1:])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
 import test_sharding
+test_sharding.in_a_hurry()
 print(json.dumps(test_sharding.answers(jax.make_mesh((2,), ("devices",)))))
 """
 
@@ -96,6 +98,11 @@ def comparison(mesh):
     found = {"here": answers(), "mesh": answers(mesh), "refused": said, "devices": devices}
     found["linear algebra"] = [on_mesh, alone]
     return found | {"chunks": answers(None, IN_CHUNKS), "chunks on a mesh": answers(mesh, IN_CHUNKS)}
+
+
+def in_a_hurry():
+    """Compiles without optimisation what has a level of its own, too."""
+    xla.EFFORT = xla.LEAST_EFFORT
 
 
 def clouds_on(mesh):
