@@ -60,10 +60,9 @@ def test_no_unit_of_the_coordinates_is_better_than_another(variance):
 
 
 def test_the_widest_direction_is_as_wide_as_the_draws():
-    """Up to what noise makes of so many equal directions: the edge of Marchenko's and Pastur's law, for each half."""
-    num = 10_000
-    found = agreed(np.eye(DIM), 0, num=num, widen=9.0)
-    np.testing.assert_allclose(found, 9 * np.eye(DIM), atol=9 * ((1 + np.sqrt(DIM / num)) ** 2 - 1))
+    """So many draws that the widest of equal directions is too wide by .26 at most: 9 ((1 + sqrt(DIM / num))^2 - 1)."""
+    found = agreed(np.eye(DIM), 0, num=100_000, widen=9.0)
+    np.testing.assert_allclose(found, 9 * np.eye(DIM), atol=0.4)
 
 
 def test_the_closest_normal_to_a_normal_is_that_normal():

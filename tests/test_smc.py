@@ -25,13 +25,9 @@ USED_AGAIN = {
     "waste-free": ebm.SMC(num_particles=2000, chain_length=10, num_moves=1),
     "persistent": ebm.SMC(num_particles=500, persistence=8, num_moves=1),
 }
-QUICK = {("waste-free", "normal_mean"), ("persistent", "three_roles")}
-"""Two phases for the particles that are carried from one to the next."""
 INDEPENDENCE = ebm.SMC(num_particles=500, kernel=ebm.Independence())
 KNOWN = [name for name, problem in PROBLEMS.items() if "SMC" in problem.samplers]
-ALIKE = {
-    *("beta_binomial", "gamma_poisson", "absolute_loss", "dynamic_support", "correlation", "enumerated", "tilted_prior")
-}
+ALIKE = {*("beta_binomial", "gamma_poisson", "absolute_loss", "dynamic_support", "correlation", "tilted_prior")}
 """Left to the slow tests: to SMC a model is its energies and draws of its reference, which `test_target.py` and the
 chains of `test_mcmc.py` check for these as well, and what is then done with them is the same as for the others."""
 TWO_PHASES = [name for name in KNOWN if PROBLEMS[name].log_z_prior is not None]
@@ -67,13 +63,10 @@ def test_evidence_and_particles(name):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "name"),
-    [
-        pytest.param(scheme, name, marks=() if (scheme, name) in QUICK else pytest.mark.slow)
-        for scheme in USED_AGAIN
-        for name in KNOWN
-    ],
+    "name",
+    [name if name == "three_roles" else pytest.param(name, marks=pytest.mark.slow) for name in KNOWN],
 )
+@pytest.mark.parametrize("scheme", USED_AGAIN)
 def test_particles_used_again(scheme, name):
     """The same promises by waste-free SMC and by persistent sampling."""
     check_runs(name, USED_AGAIN[scheme], 100)
@@ -369,9 +362,15 @@ def test_runs_are_independent_and_reproducible():
 
 def test_particles_move_independently():
     """Particles that share an ancestor part from it each in its own direction."""
-    target = PROBLEMS["regression"].target()
-    data = ebm.sample(jax.random.key(0), target, SAMPLER, num_chains=2, progress_bar=False, log_likelihood=False)
-    for run in data["posterior"]["beta"].values:
+
+    def model(y):
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        numpyro.sample("y", dist.Normal(x.sum(), 0.1), obs=y)
+
+    data = ebm.sample(
+        jax.random.key(0), ebm.target(model, 3.0), ebm.SMC(num_particles=300), num_chains=2, progress_bar=False
+    )
+    for run in data["posterior"]["x"].values:
         moved = np.unique(run, axis=0)
         # Only a particle whose every move was rejected can be a copy of another.
         assert len(moved) > 0.95 * len(run)
@@ -387,7 +386,7 @@ def test_other_kernels(kernel):
     assert low < np.sum(scores**2) < high
 
 
-@pytest.mark.parametrize("name", ["mixture", pytest.param("three_roles", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["three_roles", pytest.param("mixture", marks=pytest.mark.slow)])
 def test_moves_that_jump(name):
     """The same promises by an independence sampler: two modes that overlap, and two phases."""
     check_runs(name, INDEPENDENCE, NUM_RUNS)
