@@ -193,13 +193,18 @@ def log_z_to_datatree(log_z: LogZ) -> xr.DataTree:
     group = group.assign({name: ("chain", each) for name, each in log_z.runs.items()})
     group.attrs = {
         "method": log_z.method,
-        **{name: "\n".join(" ".join(line.split()) for line in getattr(log_z, name)) for name in ("story", "doubts")},
+        **{name: as_lines(getattr(log_z, name)) for name in ("story", "doubts")},
         "diagnostics": json.dumps(dict(log_z.diagnostics), default=lambda x: np.asarray(x).tolist()),
     }
     groups = {"log_z": group} | ({"history": xr.Dataset.from_dataframe(log_z.history)} if log_z.runs else {})
     tree = xr.DataTree.from_dict(groups)
     tree.attrs = {"inference_library": "ebm_ppl"} | ({"data_id": log_z.data_id} if log_z.data_id else {})
     return tree
+
+
+def as_lines(sentences: Sequence[str]) -> str:
+    """Sentences as an attribute of a group, a line for each."""
+    return "\n".join(" ".join(sentence.split()) for sentence in sentences)
 
 
 def _fingerprint(observations: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:

@@ -39,8 +39,8 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
 from ebm_ppl import evidence
-from ebm_ppl.arviz import log_z_to_datatree
-from ebm_ppl.distribution import energy_factor
+from ebm_ppl.arviz import as_lines, log_z_to_datatree
+from ebm_ppl.distribution import EnergyDistribution, energy_factor
 from ebm_ppl.evaluate.chains import SHORTEST, mode_weights, thinned
 from ebm_ppl.evaluate.significance import Significance, check_simulations, holm
 from ebm_ppl.evaluate.stein import stein_test
@@ -149,7 +149,7 @@ def evaluate(
     if log_z is not None and not isinstance(log_z, LogZ):
         log_z = LogZ(float(log_z), 0.0, "given")
     if base is not None and not density.is_discrete:
-        model = target(_model, density)
+        model = target(as_model, density)
         found = evidence.log_z(keys[LOG_Z], model, method) if log_z is None else log_z
         log_z = _bracketed(keys[BOUNDS], model, bounds, found)
     if samples is not None:
@@ -157,7 +157,7 @@ def evaluate(
     else:
         tree = sample(
             keys[SAMPLES],
-            target(_model, density),
+            target(as_model, density),
             sampler,
             num_chains=num_chains,
             num_warmup=num_warmup,
@@ -187,13 +187,13 @@ def evaluate(
         "key": np.asarray(jax.random.key_data(key)).tolist(),
         "num_data": len(points),
         "num_simulations": num_simulations,
-        "doubts": "\n".join(" ".join(doubt.split()) for doubt in (*told, *doubts)),
+        "doubts": as_lines((*told, *doubts)),
         "missing": MISSING if log_z is None else "",
     }
     return tree
 
 
-def _model(density: Density) -> None:
+def as_model(density: Density | EnergyDistribution) -> None:
     """The density as a NumPyro model: log Z is that of its loss; without a base it has none."""
     improper = dist.ImproperUniform(constraints.real, (), density.event_shape)
     x: Any = numpyro.sample("x", improper if density.base is None else density.base)

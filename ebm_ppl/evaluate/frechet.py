@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ebm_ppl.train.objective import flat
-from ebm_ppl.typing import ArrayLike, EnergyError, EnergyShapeError
+from ebm_ppl.train.objective import flat_pair
+from ebm_ppl.typing import ArrayLike, EnergyError
 
 
 def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:
@@ -35,9 +35,7 @@ def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:
     Example:
         >>> ebm_ppl.frechet_distance(jax.vmap(features)(digits), jax.vmap(features)(draws))
     """
-    (x, shape_x), (y, shape_y) = flat(x, "x"), flat(y, "y")
-    if shape_x != shape_y:
-        raise EnergyShapeError(f"An event of x has shape {shape_x}, one of y {shape_y}.")
+    x, y, _ = flat_pair(x, y)
     if min(len(x), len(y)) < 2:
         raise EnergyError(f"A covariance takes two events at least; got {len(x)} and {len(y)}.")
     samples = [np.asarray(each, float) for each in (x, y)]

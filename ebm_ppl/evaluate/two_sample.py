@@ -41,8 +41,8 @@ from ebm_ppl.evaluate.significance import (
     simulated_p_value,
     squared_distance,
 )
-from ebm_ppl.train.objective import flat
-from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, PRNGKey, as_key
+from ebm_ppl.train.objective import flat_pair
+from ebm_ppl.typing import Array, ArrayLike, EnergyError, PRNGKey, as_key
 
 Kernel = Literal["gaussian", "imq"]
 KERNELS = {
@@ -254,9 +254,7 @@ def _trained_scores(
 
 def _samples(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
     """Two samples as rows."""
-    (x, shape_x), (y, shape_y) = flat(x, "x"), flat(y, "y")
-    if shape_x != shape_y:
-        raise EnergyShapeError(f"An event of x has shape {shape_x}, one of y {shape_y}.")
+    x, y, _ = flat_pair(x, y)
     if min(len(x), len(y)) < FEWEST:
         raise EnergyError(f"A test takes {FEWEST} points of each sample at least; got {len(x)} and {len(y)}.")
     return x, y

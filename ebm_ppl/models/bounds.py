@@ -31,11 +31,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 import numpyro.distributions as dist
 
 from ebm_ppl import evidence
-from ebm_ppl.distribution import EnergyDistribution, energy_factor
+from ebm_ppl.arviz import as_lines
+from ebm_ppl.distribution import EnergyDistribution
+from ebm_ppl.evaluate.evaluate import as_model
 from ebm_ppl.logz.bdmc import BDMC
 from ebm_ppl.models.annealed import Annealed, Bounds, bracket, find_path
 from ebm_ppl.models.latent import LatentModel
@@ -161,12 +162,7 @@ def _bracketed(key: PRNGKey, density: EnergyDistribution) -> LogZ:
     """log Z of a tilt."""
     if density.batch_shape:
         raise EnergyShapeError(f"The EnergyDistribution has batch shape {density.batch_shape}; expected one event.")
-    return evidence.log_z(jax.random.fold_in(key, CONSTANT), target(_tilt, density), BDMC())
-
-
-def _tilt(density: EnergyDistribution) -> None:
-    x: Any = numpyro.sample("x", density.base)
-    energy_factor("energy", density.tilt(x), role="loss")
+    return evidence.log_z(jax.random.fold_in(key, CONSTANT), target(as_model, density), BDMC())
 
 
 # Latents
@@ -183,12 +179,10 @@ def _of_latents(
 ) -> xr.DataTree:
     import xarray as xr
 
-    doubts: list[str] = []
     constant = LogZ(0.0, 0.0, "known")
     prior: Any = model.prior
     if model.energy is not None and model.log_partition is None:
         constant = _bracketed(key, prior) if log_z is None else log_z
-        doubts += constant.doubts
     key_chains, key_simulated = jax.random.fold_in(key, CHAINS), jax.random.fold_in(key, SIMULATED)
     path = find_path(key_chains, model, data, settings)
     starts = None
@@ -199,22 +193,21 @@ def _of_latents(
             raise EnergyShapeError(f"There are {len(starts)} latents for {len(data)} events.")
     found = _shifted(bracket(key_chains, model, data, path, settings, starts), constant)
     kind = "heuristic" if latents is None or constant.std_error else "true"
-    if latents is not None:
-        doubts += _of_starts(found)
-    tree = _tree(
-        {"lower": found.lower, "upper": found.upper, "effective_chains": found.effective}, found.lower, kind, doubts
-    )
+    doubts = [] if latents is None else _of_starts(found)
+    simulated = {}
     if num_simulated and model.energy is None:
         z, x = _simulated(key_simulated, model, num_simulated)
         own = bracket(key_simulated, model, x, path, settings, z)
-        columns = {"lower": own.lower, "upper": own.upper, "gap": own.upper - own.lower}
-        tree["simulated"] = xr.DataTree(xr.Dataset({name: ("event", each) for name, each in columns.items()}))
+        simulated = {"lower": own.lower, "upper": own.upper, "gap": own.upper - own.lower}
         doubts += [f"On events drawn from the model: {doubt}" for doubt in (*_of_starts(own), *_of_gap(own))]
     elif kind == "true":
         doubts += _of_gap(found)
-    for doubt in doubts:
+    for doubt in doubts:  # those of log Z were warned of when it was found
         warnings.warn(doubt, EnergyWarning, stacklevel=3)
-    tree.attrs["doubts"] = "\n".join(" ".join(doubt.split()) for doubt in doubts)
+    columns = {"lower": found.lower, "upper": found.upper, "effective_chains": found.effective}
+    tree = _tree(columns, found.lower, kind, [*constant.doubts, *doubts])
+    if simulated:
+        tree["simulated"] = xr.DataTree(xr.Dataset({name: ("event", each) for name, each in simulated.items()}))
     return tree
 
 
@@ -237,23 +230,26 @@ def _simulated(key: PRNGKey, model: LatentModel, num: int) -> tuple[Array, Array
 
 def _of_starts(found: Bounds) -> list[str]:
     """Starts of reverse chains that are no draws of the posterior: too often high or low in energy."""
-    num = len(found.rank)
-    off = (np.mean(found.rank) - 0.5) / max(np.std(found.rank, ddof=1) if num > 1 else 0.0, 0.05) * math.sqrt(num)
-    crossed = found.upper - found.lower
-    below = np.mean(crossed) / max(np.std(crossed, ddof=1) if num > 1 else 0.0, 1e-6) * math.sqrt(num)
-    doubts = []
-    if num > 1 and abs(off) > CHANCE:
+    if len(found.rank) == 1:
+        return []
+    doubts, rank, gap = [], float(np.mean(found.rank)), float(np.mean(found.upper - found.lower))
+    if abs(_score(found.rank - 0.5, 0.05)) > CHANCE:
         doubts.append(
             f"The latents are no draws of the posterior of their events: on average their joint energy is "
-            f"{'above' if off > 0 else 'below'} that of {100 * abs(2 * np.mean(found.rank) - 1) / 2 + 50:.0f} % of it. "
+            f"{'above' if rank > 0.5 else 'below'} that of {100 * max(rank, 1 - rank):.0f} % of it. "
             "The upper bound holds for latents that were drawn together with the events, and for no others."
         )
-    if num > 1 and below < -CHANCE:
+    if _score(found.upper - found.lower, 1e-6) < -CHANCE:
         doubts.append(
-            f"The upper bounds lie {-np.mean(crossed):.3g} nats below the lower ones on average: the latents are no "
-            "draws of the posterior of their events."
+            f"The upper bounds lie {-gap:.3g} nats below the lower ones on average: the latents are no draws of the "
+            "posterior of their events."
         )
     return doubts
+
+
+def _score(values: np.ndarray, least: float) -> float:
+    """The mean over events in its standard errors, with events that spread by so much at least."""
+    return float(np.mean(values) / max(np.std(values, ddof=1), least) * math.sqrt(len(values)))
 
 
 def _of_gap(found: Bounds) -> list[str]:
@@ -282,6 +278,6 @@ def _tree(columns: dict[str, np.ndarray], values: np.ndarray, kind: str, doubts:
     tree.attrs = {
         "inference_library": "ebm_ppl",
         "bounds": kind,
-        "doubts": "\n".join(" ".join(doubt.split()) for doubt in doubts),
+        "doubts": as_lines(doubts),
     }
     return tree

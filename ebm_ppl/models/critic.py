@@ -29,13 +29,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 
 from ebm_ppl.models.latent import LatentModel
-from ebm_ppl.train.objective import Density, Metrics, Objective, without_gradient
+from ebm_ppl.train.objective import Density, Metrics, Objective, parameters_of, with_parameters, without_gradient
 from ebm_ppl.typing import Array, EnergyError, EnergyShapeError, PRNGKey
 
 
@@ -74,11 +73,11 @@ class Game(Objective):
             raise EnergyError(
                 f"{type(model.likelihood).__name__} has no finite mean, and a generator makes the mean of p(x | z)."
             )
-        return eqx.filter(self.critic, eqx.is_inexact_array), ()
+        return parameters_of(self.critic), ()
 
     def trained(self, parameters: Any) -> Any:
         """The critic with parameters that `fit` has found."""
-        return eqx.combine(parameters, eqx.filter(self.critic, eqx.is_inexact_array, inverse=True))
+        return with_parameters(self.critic, parameters)
 
     def loss(
         self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array

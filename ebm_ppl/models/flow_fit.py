@@ -78,23 +78,26 @@ class FittedFlow(NamedTuple):
     """Of all energies at once, by weighted draws; in `diagnostics` `effective_share`, which is 1 at most less the share
     of draws of the reference, `pareto_k`, and `num_evaluations` of the log density in all."""
     record: xr.DataTree
-    """Groups `forward` and `reverse`: loss and gradient norm of each step, and `forward_held_out`."""
+    """Groups `example` and `energy`: loss and gradient norm of each step, and `example_held_out`."""
 
 
-class ForwardKL(Objective):
-    """`-E_p[log q]` of a `FlowModel`, by weighted draws of its own and of the reference; the batch has no say in it.
+class Divergence(Objective):
+    """Of a `FlowModel` from a target, by its own draws: the batch of data has no say in it.
 
     Args:
         target: p, up to its log Z, of points of shape (dim,).
         num_draws: of a step, each an evaluation of the target.
-
-    Reference: Midgley et al. (2023).
     """
 
     target: Target
     num_draws: int = 256
-    name = "forward KL"
     is_comparable = False
+
+
+class ForwardKL(Divergence):
+    """`-E_p[log q]`, by weighted draws of the model and of the reference: Midgley et al. (2023)."""
+
+    name = "forward KL"
 
     def loss(
         self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
@@ -108,20 +111,10 @@ class ForwardKL(Objective):
         return jnp.sum(of_model), (state, {"effective_share": jnp.exp(log_ess(log_weights)) / self.num_draws})
 
 
-class ReverseKL(Objective):
-    """`E_q[log q - log p]` of a `FlowModel`, by its own draws: the batch of data has no say in it.
+class ReverseKL(Divergence):
+    """`E_q[log q - log p]`, by draws of the model: Roeder, Wu and Duvenaud (2017)."""
 
-    Args:
-        target: p, up to its log Z, of points of shape (dim,).
-        num_draws: of a step, each an evaluation of the target.
-
-    Reference: Roeder, Wu and Duvenaud (2017).
-    """
-
-    target: Target
-    num_draws: int = 256
     name = "reverse KL"
-    is_comparable = False
 
     def loss(
         self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array

@@ -36,8 +36,8 @@ from ebm_ppl.energy import Energy
 from ebm_ppl.logz.importance import BLOCKS, Weighed
 from ebm_ppl.logz.integral import FEW, LARGEST_K, check_energies, warn_of
 from ebm_ppl.models.latent import LatentModel
-from ebm_ppl.train.objective import flat
-from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, EnergyWarning, LogZ, PRNGKey, as_key
+from ebm_ppl.train.objective import flat_pair
+from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyWarning, LogZ, PRNGKey, as_key
 
 AT_ONCE = 1024
 """Points that go through networks at once."""
@@ -102,9 +102,7 @@ def calibrated(critic: Callable[[Array], Array], data: ArrayLike, generated: Arr
 
     Reference: Platt (1999).
     """
-    (data, shape), (generated, shape_generated) = flat(data, "data"), flat(generated, "generated")
-    if shape != shape_generated:
-        raise EnergyShapeError(f"An event of data has shape {shape}, one of generated {shape_generated}.")
+    data, generated, shape = flat_pair(data, generated, ("data", "generated"))
     values = np.asarray(_values(critic, jnp.concatenate([data, generated]).reshape(-1, *shape)), np.float64)
     if not np.all(np.isfinite(values)):
         raise EnergyError(f"The critic is not finite at {np.sum(~np.isfinite(values))} of {len(values)} events.")
@@ -145,10 +143,16 @@ class TiltWeights(NamedTuple):
     """-U(z), in nats, (num,)."""
     log_z: LogZ
     """log E_base[exp(-U)]; about zero where U is minus a log density ratio."""
-    effective_size: float
-    """Of the draws, by Kish's formula."""
-    pareto_k: float
-    """Shape of the weights' tail: -inf where all of them are equal."""
+
+    @property
+    def effective_size(self) -> float:
+        """Of the draws, by Kish's formula."""
+        return self.log_z.diagnostics["effective_size"]
+
+    @property
+    def pareto_k(self) -> float:
+        """Shape of the weights' tail: -inf where all of them are equal."""
+        return self.log_z.diagnostics["pareto_k"]
 
 
 def weigh_tilt(key: PRNGKey, model: LatentModel, num: int = 16_384) -> TiltWeights:
@@ -193,4 +197,4 @@ def weigh_tilt(key: PRNGKey, model: LatentModel, num: int = 16_384) -> TiltWeigh
     warn_of(num_nan, doubts, stacklevel=3)
     diagnostics = {"effective_size": size, "pareto_k": k}
     log_z = LogZ(weighed.value, weighed.std_error, "importance", diagnostics=diagnostics, doubts=doubts)
-    return TiltWeights(np.asarray(z), log_weight, log_z, size, k)
+    return TiltWeights(np.asarray(z), log_weight, log_z)

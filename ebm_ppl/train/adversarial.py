@@ -32,7 +32,15 @@ import jax.numpy as jnp
 from jax.scipy.stats import norm
 from paramax import unwrap
 
-from ebm_ppl.train.objective import Density, Metrics, Objective, energy_gap, without_gradient
+from ebm_ppl.train.objective import (
+    Density,
+    Metrics,
+    Objective,
+    energy_gap,
+    parameters_of,
+    with_parameters,
+    without_gradient,
+)
 from ebm_ppl.typing import Array, EnergyError, EnergyShapeError, PRNGKey
 
 ENTROPY = 0.5 * math.log(2 * math.pi * math.e)
@@ -142,11 +150,11 @@ class Adversarial(Objective):
                 f"The generator draws a point of shape {drawn.shape} with an entropy of shape {entropy.shape}; "
                 f"expected {data.shape[1:]} and one number."
             )
-        return eqx.filter(self.generator, eqx.is_inexact_array), ()
+        return parameters_of(self.generator), ()
 
     def trained(self, parameters: Any) -> Any:
         """The generator with parameters that `fit` has found."""
-        return eqx.combine(parameters, eqx.filter(self.generator, eqx.is_inexact_array, inverse=True))
+        return with_parameters(self.generator, parameters)
 
     def loss(
         self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array

@@ -133,6 +133,16 @@ def _kind(base: dist.Distribution) -> Any:
     return support
 
 
+def parameters_of(module: Any) -> Any:
+    """What an objective trains of a module of its own: its floating-point arrays."""
+    return eqx.filter(module, eqx.is_inexact_array)
+
+
+def with_parameters(module: Any, parameters: Any) -> Any:
+    """The module with these in place of its own."""
+    return eqx.combine(parameters, eqx.filter(module, eqx.is_inexact_array, inverse=True))
+
+
 def without_gradient(tree: Any) -> Any:
     """The same, as something that no gradient goes through."""
     return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_array(x) else x, tree)
@@ -173,6 +183,18 @@ def flat(data: ArrayLike, name: str) -> tuple[Array, tuple[int, ...]]:
             f"{name} has {np.sum(bad)} of {len(data)} events that are not finite, the first at {np.argmax(bad)}."
         )
     return data.reshape(len(data), -1), data.shape[1:]
+
+
+def flat_pair(x: ArrayLike, y: ArrayLike, names: tuple[str, str] = ("x", "y")) -> tuple[Array, Array, tuple[int, ...]]:
+    """Two samples of the same kind of events, each as rows, and the shape of an event.
+
+    Raises:
+        EnergyShapeError: for events of different shapes.
+    """
+    (x, shape), (y, other) = (flat(each, name) for each, name in zip((x, y), names, strict=True))
+    if shape != other:
+        raise EnergyShapeError(f"An event of {names[0]} has shape {shape}, one of {names[1]} {other}.")
+    return x, y, shape
 
 
 def check_base(base: dist.Distribution | None, event_shape: tuple[int, ...], name: str, role: str = "base") -> None:
