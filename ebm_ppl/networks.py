@@ -29,6 +29,8 @@ from ebm_ppl.typing import Array, EnergyError, EnergyShapeError, PRNGKey
 class ConvNetwork(eqx.Module):
     """Convolutions of 3 x 3 pixels, each of which halves both sides of an image, and a linear map of what is left.
 
+    It has the signature of Equinox's layers, and may stand in a `Sequential`; its key is not used.
+
     Args:
         key: draws the weights.
         shape: of an image: (height, width), or (channels, height, width).
@@ -66,7 +68,7 @@ class ConvNetwork(eqx.Module):
         self.activation = activation
         self.shape = tuple(shape)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, key: PRNGKey | None = None) -> Array:
         if x.shape != self.shape:
             raise EnergyShapeError(f"The image has shape {x.shape}; the network takes {self.shape}.")
         x = x.reshape(-1, *self.shape[-2:])
@@ -122,7 +124,7 @@ class DeconvNetwork(eqx.Module):
         self.head = eqx.nn.Linear(num_inputs, math.prod(self.start), key=key_head)
         self.activation, self.num_outputs = activation, num_outputs
 
-    def __call__(self, z: Array) -> Array:
+    def __call__(self, z: Array, *, key: PRNGKey | None = None) -> Array:
         x = self.head(z).reshape(self.start)
         for convolution in self.convolutions:
             x = convolution(self.activation(x))

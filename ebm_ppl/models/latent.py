@@ -6,6 +6,7 @@
     E(x, z)   =  -log p(x | z) - log p(z)                      `joint_energy`
     U(x)      =  -log int exp(-E(x, z)) dz                     the free energy, -log p(x): `log_likelihood_bounds`
     w(z)      =  p(x, z) / q(z | x)                            `log_weight`;  E_q[w] = p(x),  E_q[log w] <= log p(x)
+    p(z | x)  =  q(z | x) w(z) / p(x)                          `refined`, the posterior as a guess that is tilted
 
     VAE                   U = 0, with an encoder                                         `vae.py`
     latent EBM prior      U a network
@@ -38,7 +39,7 @@ import numpyro.distributions as dist
 from paramax import NonTrainable
 
 from ebm_ppl import inference
-from ebm_ppl.distribution import EnergyDistribution
+from ebm_ppl.distribution import EnergyDistribution, energy_factor
 from ebm_ppl.flow_distribution import FlowDistribution
 from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.mcmc import Sampler
@@ -183,6 +184,25 @@ class LatentModel(eqx.Module):
         """Its guide, for NumPyro's variational inference."""
         with numpyro.plate(PLATE, len(data)):
             return numpyro.sample("z", self.posterior_guess(data))
+
+    def refined(self, data: Array) -> Any:
+        """A NumPyro program of the posterior of each z, whose reference is the encoder's guess: q(z | x) w(z) / p(x).
+
+        The weight is the energy factor `refinement`, so that chains can start from the guess (`init="reference"`), SMC
+        tempers from it, and log Z is the sum of log p(x) over events, but for log Z of the prior where it is not known.
+
+        Args:
+            data: events, shape (num, *event_shape).
+
+        Example:
+            >>> target = ebm_ppl.target(ebm_ppl.LatentModel.refined, model, digits[:1])
+            >>> data = ebm_ppl.sample(key, target, ebm_ppl.NUTS(), init="reference")
+        """
+        guess = self.posterior_guess(data)
+        with numpyro.plate(PLATE, len(data)):
+            z: Any = numpyro.sample("z", guess)
+            log_weight = self.given(z).log_prob(data) + self.prior.log_prob(z) - guess.log_prob(z)  # pyright: ignore
+            energy_factor("refinement", -log_weight, role="loss")
 
     def log_joint(self, x: Array, z: Array) -> Array:
         """log p(x, z) of one event, in nats, but for log Z of the prior where it is not known."""

@@ -15,10 +15,11 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from paramax import NonTrainable, unwrap
 
-from ebm_ppl.typing import Array, EnergyError
+from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError
 
 
 class Likelihood(eqx.Module):
@@ -56,20 +57,24 @@ class GaussianLikelihood(Likelihood):
 
     Args:
         event_shape: of x.
-        scale: standard deviation, in units of the data; where it is learned, what it starts from.
-        is_learned: whether training moves it, one number for all elements.
+        scale: standard deviation, in units of the data: one number for all elements, or one for each, of shape
+            `event_shape`; where it is learned, what it starts from.
+        is_learned: whether training moves it.
 
     Raises:
         EnergyError: for a scale that is not positive.
+        EnergyShapeError: for scales of another shape.
     """
 
     log_scale: Any
 
-    def __init__(self, event_shape: tuple[int, ...], scale: float = 1.0, is_learned: bool = True):
-        if not scale > 0:
+    def __init__(self, event_shape: tuple[int, ...], scale: ArrayLike = 1.0, is_learned: bool = True):
+        if np.shape(scale) not in ((), event_shape):
+            raise EnergyShapeError(f"scale has shape {np.shape(scale)}; expected one number, or {event_shape}.")
+        if not np.all(np.asarray(scale) > 0):
             raise EnergyError(f"scale is a positive standard deviation; got {scale}.")
         self.event_shape = event_shape
-        log_scale = jnp.asarray(math.log(scale))
+        log_scale = jnp.log(jnp.asarray(scale, jnp.result_type(float)))
         self.log_scale = log_scale if is_learned else NonTrainable(log_scale)
 
     @property

@@ -7,6 +7,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import scipy.stats as st
+from arviz_stats import mcse
 from flowjax.bijections import Affine
 from flowjax.distributions import Normal, Transformed
 from limits import z_limit
@@ -49,6 +50,28 @@ def test_posterior_and_evidence_by_the_target_of_its_model():
     with pytest.warns(ebm.EnergyWarning, match="Laplace"):  # of which a normal posterior is not to be wary
         found = ebm.log_z(jax.random.key(0), ebm.target(model.model, jnp.asarray(X[:1])), ebm.Laplace())
     np.testing.assert_allclose(found.value, marginal().logpdf(X[0]), atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", [ebm.NUTS(), ebm.SMC(num_particles=1000)], ids=["NUTS", "SMC"])
+def test_a_wrong_guess_is_refined_to_the_posterior(sampler):
+    model, exact, x = linear_gaussian("wrong"), linear_gaussian("exact").posterior_guess(X), jnp.asarray(X)
+    target = ebm.target(ebm.LatentModel.refined, model, x)
+    assert target.roles() == {"refinement": "loss"}
+    z = jnp.asarray(Z).ravel()
+    np.testing.assert_allclose(target.log_reference(z), jnp.sum(model.posterior_guess(x).log_prob(Z)), rtol=1e-10)
+    np.testing.assert_allclose(target.log_density(z), jnp.sum(jax.vmap(model.log_joint)(x, Z)), rtol=1e-10)
+    how = {} if isinstance(sampler, ebm.SMC) else {"init": "reference", "num_warmup": 300, "num_samples": 500}
+    data = ebm.sample(jax.random.key(0), target, sampler, num_chains=4, progress_bar=False, **how)
+    mean, error = (np.asarray(each) for each in (data["posterior"]["z"].mean(["chain", "draw"]), mcse(data)["z"]))
+    assert np.max(np.abs(mean - exact.mean) / error) < z_limit(10)
+    assert np.max(np.abs(mean - model.posterior_guess(x).mean) / error) > 2 * z_limit(10)
+
+
+def test_the_evidence_of_a_refined_guess_is_the_likelihood():
+    for seed, encoder in enumerate(("exact", "wrong")):
+        target = ebm.target(ebm.LatentModel.refined, linear_gaussian(encoder), jnp.asarray(X))
+        found = ebm.log_z(jax.random.key(seed), target, ebm.SMC(num_particles=1000))
+        assert abs(found.value - np.sum(marginal().logpdf(X))) < z_limit(2) * max(found.std_error, 1e-9)
 
 
 def test_it_is_a_numpyro_model_like_any_other():
