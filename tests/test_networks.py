@@ -19,6 +19,14 @@ def test_an_image_has_one_energy_and_a_gradient_everywhere(shape):
     assert value.shape == () and slope.shape == shape and np.all(slope != 0)
 
 
+def test_networks_of_images_are_layers_of_a_sequential():
+    keys = jax.random.split(jax.random.key(0))
+    there = ebm.ConvNetwork(keys[0], (8, 8), (4,), 3)
+    back = ebm.DeconvNetwork(keys[1], 3, (8, 8), (4,))
+    both = eqx.nn.Sequential([eqx.nn.Lambda(lambda x: x.reshape(8, 8)), there, back])
+    np.testing.assert_array_equal(both(jnp.ones(64)), back(there(jnp.ones((8, 8)))))
+
+
 def test_other_images_are_refused_with_both_shapes():
     with pytest.raises(ebm.EnergyShapeError, match=r"\(8, 7\); the network takes \(8, 8\)"):
         ebm.ConvEnergy(jax.random.key(0), (8, 8))(jnp.zeros((8, 7)))

@@ -142,6 +142,17 @@ def test_likelihoods(kind):
     np.testing.assert_allclose(fn.log_prob(x), expected, rtol=1e-6)
 
 
+def test_each_element_may_have_noise_of_its_own():
+    scale = np.array([[0.1, 0.2, 0.3], [1.0, 2.0, 3.0]])
+    outputs, x = np.random.default_rng(0).normal(size=(2, 5, 2, 3))
+    found = ebm.GaussianLikelihood((2, 3), scale)(jnp.asarray(outputs.reshape(5, 6))).log_prob(x)
+    np.testing.assert_allclose(found, st.norm.logpdf(x, outputs, scale).sum(axis=(1, 2)), rtol=1e-10)
+    with pytest.raises(ebm.EnergyShapeError, match=r"scale has shape \(3,\); expected one number, or \(2, 3\)"):
+        ebm.GaussianLikelihood((2, 3), scale[0])
+    with pytest.raises(ebm.EnergyError, match="positive standard deviation"):
+        ebm.GaussianLikelihood((2, 3), scale - 0.1)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     likelihood = ebm.GaussianLikelihood((4,))
     with pytest.raises(ebm.EnergyShapeError, match=r"decoder's output has shape \(2,\); expected \(4,\)"):
