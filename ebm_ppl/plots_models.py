@@ -18,8 +18,8 @@ from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIDE = 0.7
-"""Of an image, in inches."""
+SIDE, LETTER = 0.7, 0.1
+"""Of an image, and of what is written beside it, in inches."""
 
 
 def plot_images(images: ArrayLike, *, num_columns: int = 10, rows: Sequence[str] | None = None) -> Figure:
@@ -50,8 +50,9 @@ def plot_images(images: ArrayLike, *, num_columns: int = 10, rows: Sequence[str]
     num_rows = -(-len(shown) // num_columns)
     if rows is not None and len(rows) != num_rows:
         raise EnergyShapeError(f"There are {len(rows)} names for {num_rows} rows.")
-    size = SIDE * min(num_columns, len(shown)) + (0.8 if rows else 0.0), SIDE * num_rows
-    figure, axes = plt.subplots(num_rows, min(num_columns, len(shown)), figsize=size, squeeze=False)
+    num_columns = min(num_columns, len(shown))
+    size = SIDE * num_columns + LETTER * max(map(len, rows or [""])), SIDE * num_rows
+    figure, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False, layout="constrained")
     bottom, top = np.nanmin(shown), np.nanmax(shown)
     # Of all images alike; an image that is the same everywhere is no reason to divide by zero.
     scaled = (shown - bottom) / max(top - bottom, np.finfo(float).tiny)
@@ -62,7 +63,7 @@ def plot_images(images: ArrayLike, *, num_columns: int = 10, rows: Sequence[str]
         axis.imshow(np.squeeze(image), cmap="gray_r", vmin=0, vmax=1)
     for axis, name in zip(axes[:, 0], rows or (), strict=False):
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
-    figure.subplots_adjust(wspace=0.05, hspace=0.05)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)  # pyright: ignore
     return figure
 
 
