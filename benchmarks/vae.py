@@ -2,10 +2,10 @@
 
     python benchmarks/vae.py --seeds 3
 
-The same networks with the same first weights, size of batches and optimiser, by `ebm.fit` and by NumPyro's `SVI`, as fast
-as its user can have it: networks by `eqx_module`, events in a plate, and all updates in one compiled scan, over the data
-that are shuffled for each epoch. Real digits of 28 x 28 binary pixels, 4000 to train on and 1000 held out. Trainers take
-turns in one process, by the clock of its processor, after a first run of each that compiles.
+The same networks with the same first weights, size of batches and optimiser, by `ebm.fit` and by NumPyro's `SVI`, as
+fast as its user can have it: networks by `eqx_module`, events in a plate, and all updates in one scan over data
+shuffled anew for each epoch. Real digits of 28 x 28 binary pixels, 4000 to train on and 1000 held out. Trainers
+take turns in one process, by the clock of its processor, after a first run of each that compiles.
 """
 
 from __future__ import annotations

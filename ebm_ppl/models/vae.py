@@ -145,7 +145,7 @@ class EvidenceBound(Objective):
         x = batch.reshape(-1, *density.event_shape)
         guess = model.posterior_guess(x)
         z = guess.sample(key_draws, (self.num_draws,))
-        # All at once, shape (num_draws, batch): products of whole matrices take less time than a vmap of a vmap of them.
+        # All at once, shape (num_draws, batch): one product of matrices takes less time than a vmap of a vmap of them.
         reconstruction, rate = log_prob(model.given(z), x), guess.log_prob(z) - model.prior.log_prob(z)
         log_weights = reconstruction - self.beta * rate
         bound = jnp.mean(logsumexp(log_weights, axis=0)) - jnp.log(float(self.num_draws))
