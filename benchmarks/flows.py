@@ -166,12 +166,17 @@ def transport(seed: int) -> None:
         fitted = ebm.fit_flow_to(jax.random.key(seed), target, smooth(dim), progress_bar=False, **how)
         trained = fitted.log_z.diagnostics["num_evaluations"]
         moved = ebm.transported(target, fitted.flow)
-        runs = {"plain": (target, "diag"), "by default": (target, "auto"), "in the flow's space": (moved, "auto")}
-        for method, (each, metric) in runs.items():
-            data = ebm.sample(jax.random.key(seed + 1), each, ebm.NUTS(metric=metric), progress_bar=False)
+        runs = {
+            "plain": (target, ebm.NUTS(metric="diag")),
+            "by default": (target, ebm.NUTS()),
+            "in the flow's space": (moved, ebm.NUTS()),
+            "the same, target_accept=.95": (moved, ebm.NUTS(target_accept=0.95)),
+        }
+        for method, (each, sampler) in runs.items():
+            data = ebm.sample(jax.random.key(seed + 1), each, sampler, progress_bar=False)
             effective, told = judged(data, axis)
             gradients, divergent = int(data["sample_stats"]["n_steps"].sum()), data.attrs["num_divergent"]
-            cost = f"{trained:.0f}" if method == "in the flow's space" else ""
+            cost = f"{trained:.0f}" if each is moved else ""
             rate = f"{effective:.0f} | {1000 * effective / gradients:.2f}"
             print(f"| {name} | {method} | {seed} | {rate} | {told} | {divergent} | {cost} |")
             sys.stdout.flush()
