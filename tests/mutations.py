@@ -93,15 +93,15 @@ MUTATIONS = (
     Mutation(
         "an importance-weighted bound without the number of its draws",
         "models/vae.py",
-        "logsumexp(log_weights, axis=1)) - jnp.log(float(self.num_draws))",
-        "logsumexp(log_weights, axis=1))",
+        "logsumexp(log_weights, axis=0)) - jnp.log(float(self.num_draws))",
+        "logsumexp(log_weights, axis=0))",
         ("models/test_vae.py::test_importance_weighted_bound_is_tight_where_draws_are_many",),
     ),
     Mutation(
-        "one key for all events of a bound",
+        "one draw for all events of a bound",
         "models/vae.py",
-        "jax.vmap(of_event)(jax.random.split(key_draws, len(batch)), batch)",
-        "jax.vmap(of_event, (None, 0))(key_draws, batch)",
+        "z = guess.sample(key_draws, (self.num_draws,))",
+        "z = (guess.mean + jnp.sqrt(guess.variance) * jax.random.normal(key_draws, guess.event_shape))[None]",
         ("models/test_vae.py::test_events_have_draws_of_their_own",),
     ),
     Mutation(

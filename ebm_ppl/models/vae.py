@@ -142,23 +142,17 @@ class EvidenceBound(Objective):
         model = self._model(density)
         key_draws, key_prior = jax.random.split(key)
 
-        def of_draw(key: PRNGKey, x: Array, guess: Any) -> tuple[Array, Array, Array]:
-            """A latent, and both parts of its log weight."""
-            z = guess.sample(key)
-            return z, log_prob(model.given(z), x), guess.log_prob(z) - model.prior.log_prob(z)
-
-        def of_event(key: PRNGKey, x: Array) -> tuple[Array, Array, Array]:
-            x = x.reshape(density.event_shape)
-            keys = jax.random.split(key, self.num_draws)
-            return jax.vmap(of_draw, (0, None, None))(keys, x, model.posterior_guess(x))
-
-        z, reconstruction, rate = jax.vmap(of_event)(jax.random.split(key_draws, len(batch)), batch)
+        x = batch.reshape(-1, *density.event_shape)
+        guess = model.posterior_guess(x)
+        z = guess.sample(key_draws, (self.num_draws,))
+        # All at once, shape (num_draws, batch): one product of matrices takes less time than a vmap of a vmap of them.
+        reconstruction, rate = log_prob(model.given(z), x), guess.log_prob(z) - model.prior.log_prob(z)
         log_weights = reconstruction - self.beta * rate
-        bound = jnp.mean(logsumexp(log_weights, axis=1)) - jnp.log(float(self.num_draws))
+        bound = jnp.mean(logsumexp(log_weights, axis=0)) - jnp.log(float(self.num_draws))
         metrics = {"bound": bound, "reconstruction": jnp.mean(reconstruction), "rate": jnp.mean(rate)}
         if self.of_prior is None:
             return -bound, (state, metrics)
-        latents, of_latents = z[:, 0], _of_latents(model)
+        latents, of_latents = z[0], _of_latents(model)
         value, (state, told) = self.of_prior.loss(key_prior, of_latents, parameters, state, latents)
         # Its term of the data is in the bound already.
         log_z = value - jnp.mean(jax.vmap(of_latents.tilt)(latents))

@@ -52,7 +52,7 @@ class Run(NamedTuple):
     trained: Any
     """Arrays of the energy, and the objective's own parameters."""
     average: Any
-    """Of what is trained, over the steps; where none is wanted, that of the last."""
+    """Of what is trained, over the steps; `()` where none is wanted, since it costs time and memory."""
     optimiser: Any
     state: Any
     """Of the objective."""
@@ -156,7 +156,8 @@ def fit(
         averaging=averaging,
     )
     trained = trainable, parameters
-    run = Run(jnp.zeros((), int), trained, trained, given.optimiser.init(trained), state, jnp.arange(len(points)))
+    average = trained if averaging else ()
+    run = Run(jnp.zeros((), int), trained, average, given.optimiser.init(trained), state, jnp.arange(len(points)))
     done = Done(run, trained, Record({}, np.zeros(0)))
     settings = _settings(given, judged, every)
     if checkpoint is not None and Path(checkpoint).exists():
@@ -196,6 +197,10 @@ class Given(eqx.Module):
     def density(self, trainable: Any) -> Density:
         return Density(eqx.combine(trainable, self.fixed), self.base, self.event_shape)
 
+    def result(self, run: Run) -> Any:
+        """What is trained, as it would be used."""
+        return run.average if self.averaging else run.trained
+
 
 @functools.cache
 def adam(rate: float = RATE) -> optax.GradientTransformation:
@@ -210,12 +215,12 @@ def _go_on(done: Done, given: Given, num: int, judged: Array | None) -> Done:
     check_finite(metrics, int(done.run.step), given.objective)
     record = done.record.with_steps(metrics)
     if judged is None:
-        return Done(run, run.average, record)
+        return Done(run, given.result(run), record)
     loss = float(_judge(run, given, judged))
     if not np.isfinite(loss):
         raise NonFiniteEnergyError(f"The loss at the points held out is {loss} after step {int(run.step)}.")
     record = record.with_judgement(loss)
-    return Done(run, run.average if record.waited == 0 else done.best, record)
+    return Done(run, given.result(run) if record.waited == 0 else done.best, record)
 
 
 @eqx.filter_jit
@@ -245,9 +250,11 @@ def _step(run: Run, given: Given) -> tuple[Run, Metrics]:
     (value, (state, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(run.trained)
     updates, optimiser = given.optimiser.update(gradient, run.optimiser, run.trained)
     trained: Any = optax.apply_updates(run.trained, updates)
-    # The first steps are averaged evenly: their average would else lean on the start for long.
-    decay = jnp.minimum(given.averaging, run.step / (run.step + 1)).astype(value.dtype)
-    average = optax.incremental_update(trained, run.average, 1 - decay)
+    average = run.average
+    if given.averaging:
+        # The first steps are averaged evenly: their average would else lean on the start for long.
+        decay = jnp.minimum(given.averaging, run.step / (run.step + 1)).astype(value.dtype)
+        average = optax.incremental_update(trained, average, 1 - decay)
     metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient), **metrics}
     return Run(run.step + 1, trained, average, optimiser, state, order), metrics
 
@@ -269,7 +276,7 @@ def _cross_entropy(density: Density, batch: Array, labels: Array) -> tuple[Array
 @eqx.filter_jit
 def _judge(run: Run, given: Given, points: Array) -> Array:
     """The loss at points that are not trained on, always by the same key."""
-    key, (trainable, parameters) = jax.random.fold_in(given.key, JUDGE), run.average
+    key, (trainable, parameters) = jax.random.fold_in(given.key, JUDGE), given.result(run)
     return given.objective.loss(key, given.density(trainable), parameters, run.state, points)[0]
 
 
