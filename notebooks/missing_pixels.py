@@ -38,11 +38,12 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 import ebm_ppl as ebm
 
 FAST = bool(int(os.environ.get("EBM_PPL_FAST", "0")))  # a short run, for the tests
+NUM_TRAINED = 400 if FAST else 4000
 NUM_STEPS = 2 if FAST else 2500
 NUM_PRIOR_STEPS = 2 if FAST else 4000
 NUM_WALKERS = 20 if FAST else 512
 NUM_PARTICLES = 20 if FAST else 200
-NUM_DRAWS = 10 if FAST else 500
+NUM_DRAWS = 4 if FAST else 500
 NUM_JUDGED = 2 if FAST else 24
 
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
@@ -67,7 +68,7 @@ def noisy(x):
     return (x + 0.1 * rng.normal(size=x.shape)).astype(np.float32)
 
 
-train, kept = noisy(np.repeat(clean[:4000], 1 if FAST else 5, axis=0)), noisy(clean[4000:])
+train, kept = noisy(np.repeat(clean[:NUM_TRAINED], 1 if FAST else 5, axis=0)), noisy(clean[4000:])
 
 # %% [markdown]
 # ## A prior of images
@@ -276,7 +277,7 @@ for kind, is_seen in masks.items():
 
 # %%
 classifier = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-classifier.fit(train[:: 1 if FAST else 5].reshape(-1, 784), labels[:4000])
+classifier.fit(train[:: 1 if FAST else 5].reshape(-1, 784), labels[:NUM_TRAINED])
 
 
 def shares(images):
@@ -328,7 +329,7 @@ print(f"    log Bayes factor {np.median(found):.1f} (median), {found.min():.1f} 
 
 # %% [markdown]
 # 23 of 24 are found to be upright, most beyond doubt. The other one is a one, which looks much the same either way: it
-# is said to be turned at odds of 33 to 1, which is too sure, as the intervals above are.
+# is said to be turned at odds of about 33 to 1, which is too sure, as the intervals above are.
 #
 # ## What it looks like
 #
