@@ -3,7 +3,8 @@
 Along random rays `z = r d` in unconstrained space, at growing radii r:
 
     log p(z) never falls                     Z is infinite: log Z is refused
-    U falls ever faster                      the sign is probably flipped
+    U falls ever faster                      the sign is probably flipped; where U tilts a base, only if it falls faster
+                                             than in proportion to r, as networks may (whose density is looked at above)
     U flat, non-negative, below its centre   a density was probably passed instead of an energy
 
 This is a heuristic on a few rays. It misses what happens off those rays or beyond the last radius: an energy that
@@ -28,6 +29,9 @@ NUM_RAYS = 24
 RADII = (0.0, 3.0, 10.0, 30.0, 90.0)
 FAR = (270.0, 810.0)
 """Radii that may contradict a rise so far: in a box, say, where a ray comes to its walls in one site after another."""
+FASTER, FASTER_THAN_LINEAR = 1.5, 4.5
+"""Of the last two steps of U, between radii that grow threefold: how many times the one before the last is. Linear
+falls make 3 of it, quadratic ones 9."""
 ROUNDING = 8.0
 MOST = 0.75
 
@@ -43,7 +47,8 @@ def check_tails(target: Target, *, needs_normalisation: bool) -> None:
         return
     log_density, energies = jax.device_get(parallel.once(_along_rays, target))
     for name in suspects:
-        _check_energy(name, energies[name][:, : len(RADII)])
+        pace = FASTER_THAN_LINEAR if name in target.latent_names else FASTER
+        _check_energy(name, energies[name][:, : len(RADII)], pace)
     with np.errstate(invalid="ignore"):  # a NaN far out contradicts nothing
         steps = np.diff(log_density[:, 2:], axis=1)
         size = np.abs(log_density) + sum(np.abs(energy) for energy in energies.values())
@@ -75,14 +80,14 @@ def _along_rays(target: Target) -> tuple[Array, dict[str, Array]]:
     return jax.vmap(jax.vmap(at))(points)
 
 
-def _check_energy(name: str, energy: np.ndarray) -> None:
-    """Warnings about one energy along rays, shape (ray, radius)."""
+def _check_energy(name: str, energy: np.ndarray, pace: float) -> None:
+    """Warnings about one energy along rays, shape (ray, radius), whose fall is suspect at that pace."""
     outer = energy[:, 1:]
     ok = np.all(np.isfinite(outer), axis=1)
     if not np.any(ok):
         return
     steps = np.diff(outer[ok], axis=1)
-    falling = np.all(steps < 0, axis=1) & (steps[:, -1] < 1.5 * steps[:, -2]) & (steps[:, -1] < -1.0)
+    falling = np.all(steps < 0, axis=1) & (steps[:, -1] < pace * steps[:, -2]) & (steps[:, -1] < -1.0)
     if np.mean(falling) >= MOST:
         warnings.warn(
             f"Energy '{name}' falls without bound along most rays from the origin: an energy is low where probability "

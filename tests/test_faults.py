@@ -255,6 +255,21 @@ def test_row_06_flipped_sign_of_a_distribution():
         check_tails(ebm_ppl.target(model), needs_normalisation=False)
 
 
+def test_row_06_says_nothing_about_a_network_that_tilts_a_base():
+    """Its tails are linear, and may well fall: a normal base falls faster."""
+
+    def model(base):
+        numpyro.sample(
+            "x", ebm_ppl.EnergyDistribution(lambda x: -3.0 * jnp.sum(jnp.abs(x)), base.expand([3]).to_event(1))
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_tails(ebm_ppl.target(model, dist.Normal(0.0, 1.0)), needs_normalisation=True)
+    with pytest.raises(ebm_ppl.NoReferenceError, match="sign"):
+        check_tails(ebm_ppl.target(model, dist.Laplace(0.0, 1.0)), needs_normalisation=True)
+
+
 @pytest.mark.parametrize("name", DENSITIES)
 def test_row_07_density_instead_of_an_energy(name):
     with pytest.warns(ebm_ppl.EnergyWarning, match="'tilt'.*was a density passed"):
