@@ -67,6 +67,13 @@ MUTATIONS = (
         ("models/test_bounds.py::test_weights_of_both_directions_are_unbiased[wrong]",),
     ),
     Mutation(
+        "tails of networks that tilt a base as suspect as all",
+        "probe.py",
+        "FASTER_THAN_LINEAR if name in target.latent_names else FASTER",
+        "FASTER",
+        ("test_faults.py::test_row_06_says_nothing_about_a_network_that_tilts_a_base",),
+    ),
+    Mutation(
         "a guess that is refined without its own density",
         "models/latent.py",
         "self.given(z).log_prob(data) + self.prior.log_prob(z) - guess.log_prob(z)",

@@ -201,7 +201,7 @@ class LatentModel(eqx.Module):
         guess = self.posterior_guess(data)
         with numpyro.plate(PLATE, len(data)):
             z: Any = numpyro.sample("z", guess)
-            log_weight = self.given(z).log_prob(data) + self.prior.log_prob(z) - guess.log_prob(z)  # pyright: ignore
+            log_weight = self.given(z).log_prob(data) + self.prior.log_prob(z) - guess.log_prob(z)
             energy_factor("refinement", -log_weight, role="loss")
 
     def log_joint(self, x: Array, z: Array) -> Array:
