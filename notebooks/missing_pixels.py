@@ -111,7 +111,7 @@ for name, prior in priors.items() if not FAST else ():
 
 # %% [markdown]
 # The area under the curve of a classifier that tells draws of the prior from draws of the encoder comes down from .86
-# to .56 (where .5 is not to tell them apart). `fit` warns that the walkers which train the energy have lost track of
+# to .59 (where .5 is not to tell them apart). `fit` warns that the walkers which train the energy have lost track of
 # log Z, by ten nats; the classifier, which had no part in the training, says what the energy is worth all the same.
 #
 # ## The larger model
@@ -257,17 +257,17 @@ for kind, is_seen in masks.items():
 
 # %% [markdown]
 # The VAE is nearer to the truth than the Gaussian, if by less than one might think: with the energy prior its error is
-# .215 against .238 where half the image is missing (.023 ± .005 less), and .189 against .205 where 80 % are (.016 ±
-# .003 less), to which the noise alone contributes .1. Its log density is higher by .080 ± .024 and .070 ± .009 nats a
+# .221 against .238 where half the image is missing (.017 ± .006 less), and .191 against .205 where 80 % are (.013 ±
+# .003 less), to which the noise alone contributes .1. Its log density is higher by .061 ± .024 and .069 ± .010 nats a
 # pixel.
 #
-# How sure may one be? Where the lower half is missing, not as sure as the VAE is: its 90 % intervals hold 87 ± 2 % of
+# How sure may one be? Where the lower half is missing, not as sure as the VAE is: its 90 % intervals hold 86 ± 2 % of
 # the pixels of strokes, and those of the Gaussian 91 ± 1 %. The Gaussian is vaguer, and keeps its promise. A reason may
 # be that the VAE has learned from 4,000 images which upper half goes with which lower one, and takes a new one for
-# another of these. With a fifth of the pixels, from all over the image, both keep it (92 and 90 %).
+# another of these. With a fifth of the pixels, from all over the image, both keep it (91 and 90 %).
 #
-# What the energy adds to the prior shows where 80 % are missing: .006 ± .002 less error, .016 ± .004 nats a pixel. With
-# half an image it makes no difference that could be seen (.000 ± .002), although the hole in the normal prior is large:
+# What the energy adds to the prior shows where 80 % are missing: .005 ± .002 less error, .016 ± .005 nats a pixel. With
+# half an image it makes no difference that could be seen (.002 ± .001 more), although the hole in the normal prior is large:
 # most of it is ruled out by what was seen.
 #
 # ## Four or nine?
@@ -306,8 +306,8 @@ for name, each in latents.items():
 print("    mean log density of the chains:", chains["sample_stats"]["lp"].values.mean(axis=1).round(1))
 
 # %% [markdown]
-# A four or a nine, indeed, and it was a four. NUTS was not caught: R-hat is 1.00, and its chains give the four 52 to
-# 56 %, runs of SMC with 200 particles 51 to 57 %. That is not known beforehand, and R-hat alone does not tell of a mode
+# A four or a nine, indeed, and it was a four. NUTS was not caught: R-hat is 1.01, and its chains give the four 53 to
+# 57 %, runs of SMC with 200 particles 53 to 60 %. That is not known beforehand, and R-hat alone does not tell of a mode
 # that no chain has found; that SMC, which starts from the whole prior, finds the same two at the same shares, does.
 #
 # ## Was the camera upside down?
@@ -328,8 +328,9 @@ print(f"    of the {sure.sum()} with odds of more than 20 to 1 either way {np.su
 print(f"    log Bayes factor {np.median(found):.1f} (median), {found.min():.1f} (least), error {np.median(error):.2f}")
 
 # %% [markdown]
-# 23 of 24 are found to be upright, most beyond doubt. The other one is a one, which looks much the same either way: it
-# is said to be turned at odds of about 33 to 1, which is too sure, as the intervals above are.
+# 22 of 24 are found to be upright, most beyond doubt. The others are a one, which looks much the same either way, and a
+# six, whose upper half is that of many digits. One of the two is said to be turned at odds of 90 to 1, which is too
+# sure, as the intervals above are.
 #
 # ## What it looks like
 #
