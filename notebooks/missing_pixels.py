@@ -267,8 +267,8 @@ for kind, is_seen in masks.items():
 # another of these. With a fifth of the pixels, from all over the image, both keep it (91 and 90 %).
 #
 # What the energy adds to the prior shows where 80 % are missing: .005 ± .002 less error, .016 ± .005 nats a pixel. With
-# half an image it makes no difference that could be seen (.002 ± .001 more), although the hole in the normal prior is large:
-# most of it is ruled out by what was seen.
+# half an image it makes no difference that could be seen (.002 ± .001 more), although the hole in the normal prior is
+# large: most of it is ruled out by what was seen.
 #
 # ## Four or nine?
 #
