@@ -261,7 +261,7 @@ asked = {
     "energy": (energy, flat, {"log_z": log_z}),
 }
 if FAST:
-    asked = {name: asked[name] for name in ("normal distribution", "VAE", "flow", "generator, tilted by critic")}
+    asked = {name: asked[name] for name in ("normal distribution", "flow", "generator, tilted by critic", "energy")}
 trees = {}
 for name, (model, x, how) in asked.items():
     how = how | {"annealed": CHAINS} if isinstance(model, ebm.LatentModel) else how
@@ -309,7 +309,7 @@ def drawn(key, model, num=10):
     return x + (z - (x - mean) @ leading.T) @ (covariance @ leading.T).T
 
 
-shown = {name: model for name, (model, *_) in asked.items() if not FAST or name in ("VAE", "flow")}
+shown = {name: model for name, (model, *_) in asked.items() if not FAST or name == "flow"}
 rows = {"data": noisy(kept[-10:])} | {name: drawn(jax.random.key(12), model) for name, model in shown.items()}
 sheet = np.concatenate([np.clip(np.asarray(x).reshape(-1, *SIDE), 0, 1) for x in rows.values()])
 ebm.plot_images(sheet, rows=list(rows)).savefig(OUT / "four_views_draws.png", dpi=120)
