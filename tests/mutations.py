@@ -76,8 +76,8 @@ MUTATIONS = (
     Mutation(
         "a guess that is refined without its own density",
         "models/latent.py",
-        "self.given(z).log_prob(data) + self.prior.log_prob(z) - guess.log_prob(z)",
-        "self.given(z).log_prob(data) + self.prior.log_prob(z)",
+        "guess.log_prob(z) - self.log_joint(data, z)",
+        "-self.log_joint(data, z)",
         (
             "models/test_latent_model.py::test_a_wrong_guess_is_refined_to_the_posterior[SMC]",
             "models/test_latent_model.py::test_the_evidence_of_a_refined_guess_is_the_likelihood",

@@ -201,11 +201,10 @@ class LatentModel(eqx.Module):
         guess = self.posterior_guess(data)
         with numpyro.plate(PLATE, len(data)):
             z: Any = numpyro.sample("z", guess)
-            log_weight = self.given(z).log_prob(data) + self.prior.log_prob(z) - guess.log_prob(z)
-            energy_factor("refinement", -log_weight, role="loss")
+            energy_factor("refinement", guess.log_prob(z) - self.log_joint(data, z), role="loss")
 
     def log_joint(self, x: Array, z: Array) -> Array:
-        """log p(x, z) of one event, in nats, but for log Z of the prior where it is not known."""
+        """log p(x, z) of each event, in nats, but for log Z of the prior where it is not known."""
         return log_prob(self.given(z), x) + jnp.asarray(self.prior.log_prob(z))
 
     def joint_energy(self, x: Array, z: Array) -> Array:
