@@ -843,10 +843,10 @@ MUTATIONS = (
         ("train/test_fit.py::test_every_point_is_taken_once_in_an_epoch",),
     ),
     Mutation(
-        "the order of the data left out of a checkpoint",
+        "the same order of the data in each epoch",
         "train/fit.py",
-        "lambda: run.order)",
-        "lambda: jnp.arange(num))",
+        "default_rng([*seed, number])",
+        "default_rng(seed)",
         ("train/test_fit.py::test_every_point_is_taken_once_in_an_epoch",),
     ),
     Mutation(

@@ -190,12 +190,16 @@ def test_the_parameters_of_the_objective_are_those_that_belong_to_the_energy(set
 def test_every_point_is_taken_once_in_an_epoch():
     class Seen(ebm.ScoreMatching):
         def loss(self, key, density, parameters, state, batch):
-            return 0.0 * density.energy.network.layers[0].bias.sum(), (state, {"sum": jnp.sum(batch)})
+            told = {"sum": jnp.sum(batch), "number": jax.random.uniform(key)}
+            return 0.0 * density.energy.network.layers[0].bias.sum(), (state, told)
 
-    data = 2.0 ** np.arange(40)[:, None] / 2**20
-    sums = fit(Seen(), data, batch_size=10, num_steps=12).record["training"]["sum"].values
-    np.testing.assert_allclose(sums.reshape(3, 4).sum(axis=1), data.sum())
+    data = 2.0 ** np.arange(43)[:, None] / 2**20
+    told = fit(Seen(), data, batch_size=10, num_steps=12, every=5).record["training"]
+    sums = told["sum"].values
+    seen = np.round(sums.reshape(3, 4).sum(axis=1) * 2**20).astype(int)
+    assert all(bin(each).count("1") == 40 for each in seen)  # each once, and three that wait for another epoch
     assert len(np.unique(sums)) == 12  # in another order each time
+    assert len(np.unique(told["number"].values)) == 12  # each step with a key of its own
 
 
 @pytest.mark.parametrize(
