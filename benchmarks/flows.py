@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,13 +25,12 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 from densities import DENSITIES
-from flowjax.bijections import Affine, RationalQuadraticSpline
+from flowjax.bijections import RationalQuadraticSpline
 from flowjax.distributions import Normal
 from flowjax.flows import coupling_flow, masked_autoregressive_flow
 from flowjax.train import fit_to_data
 from flowjax.train.losses import MaximumLikelihoodLoss
 from jax.scipy.special import logsumexp
-from paramax import Parameterize
 
 import ebm_ppl as ebm
 
@@ -45,8 +43,6 @@ FLOWS: dict[str, Callable[[Any], Any]] = {
     "coupling splines": lambda key: coupling_flow(key, base_dist=PLANE, transformer=SPLINE),
     "masked autoregressive": lambda key: masked_autoregressive_flow(key, base_dist=PLANE),
 }
-LARGEST = 3.0
-"""Log scale of a layer of a smooth flow."""
 CIRCLE, SIDE = np.arange(8) * np.pi / 4, 0.7 * np.arange(-2, 3)
 MODES = {
     "8 Gaussians": (1.5 * np.stack([np.cos(CIRCLE), np.sin(CIRCLE)], axis=1), 0.15, np.arange(1.0, 9) / 36),
@@ -129,29 +125,6 @@ def banana(z: jax.Array) -> jax.Array:
     return dist.Normal(0.0, 10.0).log_prob(z[0]) + dist.Normal(0.1 * (z[0] ** 2 - 100.0), 1.0).log_prob(z[1])
 
 
-def smooth(dim: int) -> Any:
-    """A coupling flow that shifts and scales, the identity before it is trained.
-
-    Log scales are bounded in each layer: where heavy tails take its networks, scales without a bound overflow.
-    """
-    scale = Parameterize(lambda x: jnp.exp(LARGEST * jnp.tanh(x / LARGEST)), jnp.zeros(()))
-    flow = coupling_flow(
-        jax.random.key(0),
-        base_dist=Normal(jnp.zeros(dim)),
-        transformer=eqx.tree_at(lambda affine: affine.scale, Affine(), scale),
-        nn_width=64,
-        nn_activation=jax.nn.silu,
-        invert=False,
-    )
-
-    def last(flow: Any) -> tuple[Any, Any]:
-        layer = flow.bijection.bijection
-        conditioner = (layer if hasattr(layer, "conditioner") else layer[0]).conditioner
-        return conditioner.layers[-1].weight, conditioner.layers[-1].bias
-
-    return eqx.tree_at(last, flow, replace_fn=jnp.zeros_like)
-
-
 def transport(seed: int) -> None:
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(10, 10)))[0].astype(np.float32)
     reverse = {"divergence": "reverse"}
@@ -162,8 +135,8 @@ def transport(seed: int) -> None:
         "turned funnel, 10-d (0, 3)": (lambda z: funnel(turn.T @ z), 10, 10.0, reverse, turn[:, 0]),
     }
     for name, (log_density, dim, scale, how, axis) in problems.items():
-        target = one_energy(log_density, dim, scale)
-        fitted = ebm.fit_flow_to(jax.random.key(seed), target, smooth(dim), progress_bar=False, **how)
+        target, flow = one_energy(log_density, dim, scale), ebm.affine_coupling_flow(dim)
+        fitted = ebm.fit_flow_to(jax.random.key(seed), target, flow, progress_bar=False, **how)
         trained = fitted.log_z.diagnostics["num_evaluations"]
         moved = ebm.transported(target, fitted.flow)
         runs = {

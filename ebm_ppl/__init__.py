@@ -13,7 +13,7 @@ from ebm_ppl.evaluate.significance import holm
 from ebm_ppl.evaluate.stein import stein_test
 from ebm_ppl.evaluate.two_sample import classifier_auc, classifier_test, mmd_test
 from ebm_ppl.evidence import log_z, log_z_stream, read_log_z
-from ebm_ppl.flow import Flow
+from ebm_ppl.flow import Flow, affine_coupling_flow
 from ebm_ppl.flow_distribution import FlowDistribution
 from ebm_ppl.independence import Independence
 from ebm_ppl.inference import posterior_predictive, prior_predictive, sample
@@ -163,6 +163,7 @@ __all__ = [
     "ThermodynamicIntegration",
     "Transported",
     "WassersteinGAN",
+    "affine_coupling_flow",
     "anneal",
     "as_numpyro_kernel",
     "auroc",

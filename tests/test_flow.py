@@ -9,6 +9,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from limits import chi2_limits, t_limit, z_limit
+from paramax import unwrap
 from problems import PROBLEMS
 from test_mixture import made as made_mixture
 
@@ -53,6 +54,25 @@ def test_density_is_that_of_the_transformed_base(dim):
         expected = dist.StudentT(DEGREES).log_prob(x).sum() - np.linalg.slogdet(jacobian)[1]
         assert log_density(z) == pytest.approx(float(expected), rel=1e-9)
         assert abs(np.linalg.slogdet(jacobian)[1]) > 0.01
+
+
+def test_affine_coupling_flow_moves_nothing_at_first_and_its_scales_are_bounded():
+    flow = ebm.affine_coupling_flow(3, num_layers=2, width=4, largest=0.5)
+    points = jnp.array([[0.0, 1.0, -2.0], [1e3, 0.3, 5.0]])
+    np.testing.assert_allclose(jnp.sort(flow.bijection.transform(points[0])), jnp.sort(points[0]))  # in another order
+    np.testing.assert_allclose(flow.log_prob(points[0]), dist.Normal().log_prob(points[0]).sum(), rtol=1e-6)
+    arrays, others = eqx.partition(flow, eqx.is_inexact_array)
+    wild = unwrap(eqx.combine(jax.tree.map(lambda x: x + 100.0, arrays), others)).bijection
+    for x in points:
+        log_det = wild.transform_and_log_det(x)[1]
+        # Two layers, each of which scales two of three coordinates, by exp(.5) at most.
+        assert log_det == pytest.approx(2 * 2 * 0.5)
+
+
+def test_affine_coupling_flow_refuses_what_it_cannot_be():
+    for settings in ({"dim": 1}, {"dim": 2, "num_layers": 0}, {"dim": 2, "largest": 0.0}):
+        with pytest.raises(ebm.EnergyError, match="A coupling flow has two coordinates at least"):
+            ebm.affine_coupling_flow(**settings)
 
 
 @pytest.mark.parametrize("draws", [independent, from_cube])
