@@ -57,6 +57,8 @@ RATE = 3e-3
 """Learning rate, at the start."""
 LARGEST_GRADIENT = 10.0
 """Norm at which a gradient is cut off: a draw that fell off a cliff is not to end the training."""
+STEEPEST = 1e6
+"""At which the slope of a draw is cut off, for the same reason: squares of larger ones may be beyond single precision."""
 MOST_FAULTS = 1_000_000
 """Steps without a finite gradient that are left out: all."""
 
@@ -246,13 +248,14 @@ def _divergence(params: Any, static: Any, key: PRNGKey) -> Array:
 def reverse_divergence(z: Array, log_ratio: Callable[[Array], Array]) -> Array:
     """E_q[log q - log p] by draws z of q, (num, dim), whose gradient is that by way of the draws alone.
 
-    A draw where p is zero or not a number has no gradient to follow, and counts for nothing.
+    A draw where p is zero or not a number has no gradient to follow, and counts for nothing. Slopes have a limit.
 
     Args:
         log_ratio: log q - log p at one point, without a gradient in the parameters of q.
     """
     values, slopes = jax.vmap(jax.value_and_grad(log_ratio))(jax.lax.stop_gradient(z))
     counts = jnp.isfinite(values) & jnp.all(jnp.isfinite(slopes), axis=1)
+    slopes = jnp.clip(slopes, -STEEPEST, STEEPEST)
     along = jnp.sum(jnp.where(counts[:, None], slopes, 0.0) * z)
     mean = jnp.sum(jnp.where(counts, values, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
     return mean + (along - jax.lax.stop_gradient(along)) / len(z)

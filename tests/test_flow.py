@@ -15,7 +15,7 @@ from test_mixture import made as made_mixture
 
 import ebm_ppl as ebm
 from ebm_ppl import smc
-from ebm_ppl.flow import BATCH, DEGREES, FlowDensity, _untrained, fit_flow
+from ebm_ppl.flow import BATCH, DEGREES, STEEPEST, FlowDensity, _untrained, fit_flow, reverse_divergence
 from ebm_ppl.logz.importance import BLOCKS, weigh
 from ebm_ppl.rebase import Blend, Rebased
 from ebm_ppl.scale import DenseScale
@@ -73,6 +73,18 @@ def test_affine_coupling_flow_refuses_what_it_cannot_be():
     for settings in ({"dim": 1}, {"dim": 2, "num_layers": 0}, {"dim": 2, "largest": 0.0}):
         with pytest.raises(ebm.EnergyError, match="A coupling flow has two coordinates at least"):
             ebm.affine_coupling_flow(**settings)
+
+
+def test_a_draw_off_a_cliff_leaves_the_gradient_within_single_precision():
+    noise = jnp.array([[0.1], [-0.3], [2.0]], jnp.float32)
+
+    def divergence(scale):
+        return reverse_divergence(scale * noise, lambda z: jnp.where(z[0] > 1, 1e25 * z[0], 0.5 * z[0] ** 2))
+
+    value, slope = jax.value_and_grad(divergence)(jnp.float32(1.0))
+    assert value > 1e24
+    assert slope == pytest.approx((STEEPEST * 2.0 + 0.1**2 + 0.3**2) / 3, rel=1e-6)
+    assert jnp.isfinite(slope**2)
 
 
 @pytest.mark.parametrize("draws", [independent, from_cube])
