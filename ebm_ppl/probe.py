@@ -6,6 +6,7 @@ Along random rays `z = r d` in unconstrained space, at growing radii r:
     U falls ever faster                      the sign is probably flipped; where U tilts a base, only if it falls faster
                                              than in proportion to r, as networks may (whose density is looked at above)
     U flat, non-negative, below its centre   a density was probably passed instead of an energy
+    U NaN at all of them                     and at draws of the reference, too: log Z is refused
 
 This is a heuristic on a few rays. It misses what happens off those rays or beyond the last radius: an energy that
 falls in a narrow cone or only logarithmically, one that oscillates, and a flipped sign that the base outweighs. It
@@ -22,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebm_ppl import parallel
+from ebm_ppl.starts import explain
 from ebm_ppl.target import Target
-from ebm_ppl.typing import Array, EnergyWarning, NoReferenceError
+from ebm_ppl.typing import Array, EnergyWarning, NonFiniteEnergyError, NoReferenceError
 
 NUM_RAYS = 24
 RADII = (0.0, 3.0, 10.0, 30.0, 90.0)
@@ -34,6 +36,8 @@ FASTER, FASTER_THAN_LINEAR = 1.5, 4.5
 falls make 3 of it, quadratic ones 9."""
 ROUNDING = 8.0
 MOST = 0.75
+NUM_DRAWS = 4096
+"""Of the reference, where an energy is NaN along all rays, since those may have missed where it is not."""
 
 
 def check_tails(target: Target, *, needs_normalisation: bool) -> None:
@@ -41,12 +45,15 @@ def check_tails(target: Target, *, needs_normalisation: bool) -> None:
 
     Raises:
         NoReferenceError: where the log density nowhere falls along a ray and log Z is wanted.
+        NonFiniteEnergyError: where an energy is NaN everywhere and log Z is wanted.
     """
     suspects = [name for name, role in target.spec.roles if role != "data"]
     if not suspects or not target.dim or target.spec.discrete:
         return
     log_density, energies = jax.device_get(parallel.once(_along_rays, target))
     for name in suspects:
+        if needs_normalisation and np.all(np.isnan(energies[name])):
+            _check_draws(name, target)
         pace = FASTER_THAN_LINEAR if name in target.latent_names else FASTER
         _check_energy(name, energies[name][:, : len(RADII)], pace)
     with np.errstate(invalid="ignore"):  # a NaN far out contradicts nothing
@@ -78,6 +85,20 @@ def _along_rays(target: Target) -> tuple[Array, dict[str, Array]]:
         return log_reference - sum(energies.values(), jnp.zeros(())), energies
 
     return jax.vmap(jax.vmap(at))(points)
+
+
+def _check_draws(name: str, target: Target) -> None:
+    """Refuses an energy that is NaN at all draws of the reference."""
+    z, energies = jax.device_get(parallel.once(_at_draws, target))
+    if np.all(np.isnan(energies[name])):
+        raise NonFiniteEnergyError(
+            f"Energy '{name}' is NaN at all of {NUM_DRAWS} draws of the reference. {explain(target, jnp.asarray(z[0]))}"
+        )
+
+
+def _at_draws(target: Target) -> tuple[Array, dict[str, Array]]:
+    z = jax.vmap(target.sample_reference)(jax.random.split(jax.random.key(0), NUM_DRAWS))
+    return z, jax.vmap(target.energies)(z)
 
 
 def _check_energy(name: str, energy: np.ndarray, pace: float) -> None:

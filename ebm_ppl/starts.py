@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 
 from ebm_ppl import parallel
 from ebm_ppl.kernels import hmc_state
@@ -80,8 +81,12 @@ def given_point(target: Target, values: dict[str, Any]) -> Array:
     return target.unconstrain(values)
 
 
+@numpyro.validation_enabled(False)
 def explain(target: Target, z: Array) -> str:
-    """Which site is not finite at a point, as a sentence."""
+    """Which site is not finite at a point, as a sentence.
+
+    Without NumPyro's validation, which would raise an error of its own where a point is out of bounds.
+    """
     constrained = {name: np.asarray(value).tolist() for name, value in target.constrain(z).items()}
     if target.spec.discrete:
         log_reference, energies = target.terms(z)
