@@ -452,6 +452,7 @@ def test_row_14_large_energies_in_single_precision(run_in_float32):
     assert len(messages) == 1 and messages[0].startswith("EnergyWarning") and "single precision" in messages[0]
 
 
+@pytest.mark.slow
 def test_row_14_without_a_method(run_in_float32):
     """Of observed values, whose energies no probe of the tails looks at."""
     printed = run_in_float32("""

@@ -27,7 +27,10 @@ USED_AGAIN = {
 }
 INDEPENDENCE = ebm.SMC(num_particles=500, kernel=ebm.Independence())
 KNOWN = [name for name, problem in PROBLEMS.items() if "SMC" in problem.samplers]
-ALIKE = {*("beta_binomial", "gamma_poisson", "absolute_loss", "dynamic_support", "correlation", "tilted_prior")}
+ALIKE = {
+    *("beta_binomial", "gamma_poisson", "absolute_loss", "dynamic_support", "correlation", "tilted_prior"),
+    *("dirichlet_multinomial", "constant_partition", "quartic", "eight_schools"),
+}
 """Left to the slow tests: to SMC a model is its energies and draws of its reference, which `test_target.py` and the
 chains of `test_mcmc.py` check for these as well, and what is then done with them is the same as for the others."""
 TWO_PHASES = [name for name in KNOWN if PROBLEMS[name].log_z_prior is not None]

@@ -84,7 +84,7 @@ def test_weights_of_both_directions_agree_for_any_schedule_and_tuning():
     assert np.std(forward) > 1  # a path on which all chains weighed the same would show nothing
 
 
-@pytest.mark.parametrize("name", ["regression", "mixture"])
+@pytest.mark.parametrize("name", ["regression", pytest.param("mixture", marks=pytest.mark.slow)])
 def test_estimate_and_its_error(name):
     problem = PROBLEMS[name]
     target = problem.target()

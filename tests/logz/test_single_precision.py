@@ -86,6 +86,7 @@ def estimates():
     return str(target.sample_reference(jax.random.key(0)).dtype), found
 
 
+@pytest.mark.slow
 def test_many_observations_agree_with_double_precision(in_both_precisions):
     (narrow, single), (wide, double) = in_both_precisions(estimates)
     assert (narrow, wide) == ("float32", "float64")

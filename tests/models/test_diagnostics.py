@@ -42,7 +42,7 @@ def _half(seed):
     return linear_gaussian("exact").given(z).sample(jax.random.key(seed + 1))
 
 
-@pytest.mark.parametrize("kind", ["known", "learned"])
+@pytest.mark.parametrize("kind", ["known", pytest.param("learned", marks=pytest.mark.slow)])
 def test_a_hole_in_the_prior_is_found_and_mended_by_a_tilt(kind):
     model, data = linear_gaussian("exact"), _half(1)
     plain = ebm.latent_diagnostics(jax.random.key(0), model, data)["prior_hole"]

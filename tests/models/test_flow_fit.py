@@ -93,7 +93,9 @@ def test_log_z_and_what_weights_say_of_a_posterior():
     assert {"example", "example_held_out", "energy"} <= set(found.record.children)
 
 
-@pytest.mark.parametrize("name", ["8 Gaussians", pytest.param("25 Gaussians", marks=pytest.mark.slow), "two modes"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("8 Gaussians", "25 Gaussians")), "two modes"]
+)
 def test_all_modes_are_covered_with_their_weights(name):
     how = {"num_by_example": 600, "num_by_energy": 300, "num_draws": 4096, "progress_bar": False}
     with warnings.catch_warnings():

@@ -114,6 +114,7 @@ def moons(num, rng):
     return np.stack(x, axis=1) + 0.1 * rng.normal(size=(num, 2))
 
 
+@pytest.mark.slow  # it is a table of the benchmark, too
 def test_two_moons_are_as_likely_as_after_the_training_of_flowjax():
     """The same flow, points, optimiser, batch and number of steps; the result is the best by the points held out."""
     epochs, size, replicas = 15, 128, 3

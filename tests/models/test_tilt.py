@@ -84,6 +84,7 @@ def test_a_known_ratio_makes_the_generator_the_data():
     assert abs(found.log_z.value) < t_limit(1, 15) * found.log_z.std_error < 0.03
 
 
+@pytest.mark.slow  # it is a table of the benchmark, too
 def test_a_trained_critic_makes_the_generator_the_data():
     """By the logistic game with a generator that stays as it is."""
     objective = ebm.LogisticGAN(eqx.nn.MLP(1, "scalar", 32, 2, jax.nn.silu, key=KEY))
