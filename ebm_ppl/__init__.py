@@ -36,6 +36,7 @@ from ebm_ppl.models.critic import LogisticGAN, WassersteinGAN
 from ebm_ppl.models.diagnostics import latent_diagnostics
 from ebm_ppl.models.flow_fit import FittedFlow, fit_flow_to
 from ebm_ppl.models.flow_model import FlowEncoder, FlowModel
+from ebm_ppl.models.graph_ebm import GraphEnergy, GraphScores, fit_graph_energy, gnnsafe, logit_energy
 from ebm_ppl.models.latent import LatentModel
 from ebm_ppl.models.likelihood import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood
 from ebm_ppl.models.tilt import calibrated, tilted, weigh_tilt
@@ -126,6 +127,8 @@ __all__ = [
     "GaussianLikelihood",
     "Gibbs",
     "GibbsWithGradients",
+    "GraphEnergy",
+    "GraphScores",
     "ImplicitGenerator",
     "IncomparableError",
     "Independence",
@@ -179,8 +182,10 @@ __all__ = [
     "evidence_between",
     "fit",
     "fit_flow_to",
+    "fit_graph_energy",
     "fit_latent",
     "frechet_distance",
+    "gnnsafe",
     "held_out_elpd",
     "holm",
     "latent_diagnostics",
@@ -188,6 +193,7 @@ __all__ = [
     "log_z",
     "log_z_stream",
     "log_z_to_datatree",
+    "logit_energy",
     "memory",
     "mmd_test",
     "mode_weights",
