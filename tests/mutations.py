@@ -46,6 +46,26 @@ _LATENT = "test_latent.py::test_log_p_is_unbiased_and_its_gradient_right_while_t
 
 MUTATIONS = (
     Mutation(
+        "nodes of a graph that are far from all data and have a say",
+        "models/graph_ebm.py",
+        "jnp.exp(jnp.minimum(energy.limit - independent, 0)) * (evidence + independent)",
+        "evidence + independent",
+        (
+            "models/test_graph_ebm.py::test_strange_nodes_are_found_and_do_not_spoil_predictions",
+            "models/test_graph_ebm.py::test_a_far_node_has_no_say",
+        ),
+    ),
+    Mutation(
+        "evidence of a graph's nodes that grows with their distance",
+        "models/graph_ebm.py",
+        "return logits - self.strength * (self.offset",
+        "return logits + self.strength * (self.offset",
+        (
+            "models/test_graph_ebm.py::test_strange_nodes_are_found_and_do_not_spoil_predictions",
+            "models/test_graph_ebm.py::test_energy_grows_as_a_square_along_a_hundred_rays",
+        ),
+    ),
+    Mutation(
         "a bound without the number of its chains",
         "models/annealed.py",
         "lower=logsumexp(log_weight, axis=1) - log_num",

@@ -1,6 +1,7 @@
 """Which nodes of a graph a classifier should not be trusted on: energies of its evidence, at three scales.
 
-Of node v the classifier, whatever it is, gives logits l(v) and an embedding h(v). Edges A say who is whose neighbour.
+Of node v the classifier, whatever it is, gives logits l(v) and an embedding h(v), here without the edges A, which say
+who is whose neighbour: a network that takes edges is passed none.
 
     evidence       e_c = l_c - strength r_c                     r_c = offset + slope (h - m_c)' S_c^-1 (h - m_c)
     energy         U = -log sum_c exp(e_c)                      `GraphEnergy`: exp(-U) can be integrated over h
@@ -10,8 +11,7 @@ Of node v the classifier, whatever it is, gives logits l(v) and an embedding h(v
     group          (P U)(v)                                     high where the neighbourhood is strange
     total          their sum                                    `GraphScores`
     trust          w = min(1, exp(limit - U))                   limit: what U comes up to where evidence was fitted
-    evidential     alpha = exp(-local) softmax(P w log p)       log p = e + U: a Dirichlet's concentration, with
-                                                                local = -log sum_c alpha_c
+    evidential     alpha = exp(-local) softmax(P w log p)       log p = e + U; local = -log sum_c alpha_c
     baselines      U(v) of the plain logits                     `logit_energy`
                    the same after two steps of P without I      `gnnsafe`
 
@@ -19,12 +19,12 @@ The logits of a network of rectified units are linear along a ray of embeddings,
 along which U falls for ever, and exp(-U) has no integral. m_c and S_c are moments of embeddings of class c; offset and
 slope map the central 95 % of the distances onto those of the logits, so that neither outweighs the other.
 
-As in the public code, the regulariser is scaled to the logits and *fitted* on what the classifier makes with the edges,
-and scores are of what it makes without them (none are passed to it), since they enter through P. By default the rest is
-not the code's: it has a diagonal covariance of each class, with as much of 1e-8 added as it takes, by which units that
-are zero on all nodes of a class outweigh all others (here one covariance, shrunk towards a multiple of the identity); an
-offset and a slope of each class (here two numbers); a strength of 1 (here the half, which is among those it compares).
-It has no prediction. That of alpha = exp(P e) is dictated by the neighbour that is farthest off; by w it has no say.
+Scales, and r_c in the units of the logits, are as in the public code. By default the rest is not. That code fits on what
+the classifier makes with edges, and scores without. It has a diagonal covariance of each class, with as much of 1e-8
+added as it takes, by which units that are zero on all nodes of a class outweigh all others; here there is one, shrunk
+towards a multiple of the identity. Offset and slope are of each class there, two numbers here; the strength is 1, here
+the half, which is among those it compares. It has no prediction: that of alpha = exp(P e) would be dictated by the
+neighbour that is farthest off, which by w has no say.
 
 References:
     Fuchsgruber, Wollschläger and Günnemann (2024), Energy-based epistemic uncertainty for graph neural networks; Wu,
@@ -81,24 +81,19 @@ class GraphScores(eqx.Module):
         return jax.nn.softmax(self.log_alpha)
 
     def to_datatree(self, *, nodes: Sequence[Any] | None = None, classes: Sequence[Any] | None = None) -> xr.DataTree:
-        """The scores as a DataTree, which a netCDF file takes.
-
-        Its group `scores` has `energy` (node, scale), and `log_alpha` and `probability` (node, class).
+        """A DataTree whose group `scores` has `energy` (node, scale), `log_alpha` and `probability` (node, class).
 
         Args:
-            nodes, classes: what to call them; numbers from 0 by default.
+            nodes, classes: what to call them, if anything.
         """
         import xarray as xr
 
         energy = np.stack([getattr(self, scale) for scale in SCALES], axis=1)
-        num_nodes, num_classes = self.log_alpha.shape
         by_class = {"log_alpha": self.log_alpha, "probability": self.probabilities}
-        coords = {"scale": list(SCALES)}
-        coords |= {"node": np.arange(num_nodes) if nodes is None else list(nodes)}
-        coords |= {"class": np.arange(num_classes) if classes is None else list(classes)}
         columns = {name: (("node", "class"), np.asarray(each)) for name, each in by_class.items()}
-        scores = xr.Dataset({"energy": (("node", "scale"), energy)} | columns, coords)
-        scores["energy"].attrs["units"] = "nats"
+        names = {"scale": SCALES, "node": nodes, "class": classes}
+        coords = {dim: list(each) for dim, each in names.items() if each is not None}
+        scores = xr.Dataset({"energy": (("node", "scale"), energy, {"units": "nats"})} | columns, coords)
         tree = xr.DataTree.from_dict({"scores": scores})
         tree.attrs = {"inference_library": "ebm_ppl"}
         return tree
@@ -110,8 +105,8 @@ class GraphEnergy(eqx.Module):
     Reference: Fuchsgruber et al. (2024).
 
     Example:
-        >>> energy = ebm_ppl.fit_graph_energy(*classifier(x, edges), labels)
-        >>> scores = energy.scores(*classifier(x, no_edges), edges)
+        >>> alone = classifier(x, no_edges)  # logits and embeddings
+        >>> scores = ebm_ppl.fit_graph_energy(*alone, labels).scores(*alone, edges)
         >>> strangest = jnp.argsort(-scores.total)
     """
 
@@ -151,7 +146,7 @@ class GraphEnergy(eqx.Module):
         Raises:
             EnergyShapeError: where shapes are at odds, or an edge is of a node that is not there.
             EnergyError: for what is no number or no edge, and settings out of range.
-            NonFiniteEnergyError: for logits or embeddings that are not finite, with the nodes.
+            NonFiniteEnergyError: for logits, embeddings or energies that are not finite, with the nodes.
         """
         logits, embeddings = _of_nodes(logits, "logits"), _of_nodes(embeddings, "embeddings")
         expected = (len(logits), len(self.mean)), (len(logits), self.mean.shape[1])
@@ -160,7 +155,9 @@ class GraphEnergy(eqx.Module):
                 f"logits have shape {logits.shape} and embeddings {embeddings.shape}; expected (node, "
                 f"{len(self.mean)}) and (node, {self.mean.shape[1]}), of the same nodes."
             )
-        return _scores(self, logits, embeddings, _pairs(edges, len(logits), loops=True), _share(keep), num_steps)
+        found = _scores(self, logits, embeddings, _pairs(edges, len(logits), loops=True), _share(keep), num_steps)
+        _check_finite(found.independent[:, None], "Energies (embeddings may be too large for their squares)")
+        return found
 
 
 def fit_graph_energy(
@@ -176,7 +173,7 @@ def fit_graph_energy(
     """The energy of a trained classifier's nodes; the classifier stays as it is.
 
     Args:
-        logits: of the classifier with its edges, shape (node, class), on the nodes that it was trained for.
+        logits: of the classifier without edges, shape (node, class), on nodes like those that it was trained on.
         embeddings: of the same nodes: its last hidden layer, shape (node, dim).
         labels: the classes, integers of shape (node,); -1 where a node has none, or was not trained on. Means and
             covariances are those of labelled nodes, the scale of the regulariser is that of all.
@@ -203,42 +200,38 @@ def fit_graph_energy(
     if not np.issubdtype(classes.dtype, np.integer) or classes.min() < -1 or classes.max() >= num_classes:
         raise EnergyError(f"labels are classes, integers below {num_classes}, or -1 for none; got {classes.dtype}.")
     if covariance not in ("full", "diagonal") or not 0 <= shrinkage <= 1 or not strength >= 0:
+        given = f"{covariance!r}, {shrinkage}, {strength}"
         raise EnergyError(
-            "covariance is 'full' or 'diagonal', shrinkage from 0 to 1, strength not negative; got "
-            f"{covariance!r}, {shrinkage}, {strength}."
+            f"covariance is 'full' or 'diagonal', shrinkage in [0, 1], strength not negative; got {given}."
         )
     num = np.bincount(classes[classes >= 0], minlength=num_classes)
     if few := np.flatnonzero(num < (1 if tied else 2)).tolist():
         raise EnergyError(f"Classes {few} have too few labelled nodes: one at least, or two where tied=False.")
     of_class = [np.asarray(embeddings, np.float64)[classes == c] for c in range(num_classes)]
     mean = np.stack([each.mean(axis=0) for each in of_class])
-    away = [each - centre for each, centre in zip(of_class, mean, strict=True)]
-    pooled = sum(each.T @ each for each in away) / np.sum(num)
-    own = [pooled] * num_classes if tied else [each.T @ each / len(each) for each in away]
-    isotropic = np.trace(pooled) / len(pooled) * np.eye(len(pooled))
-    covariances = (1 - shrinkage) * np.stack(own) + shrinkage * isotropic
+    own = np.stack([np.cov(each.T, bias=True).reshape(2 * embeddings.shape[1:]) for each in of_class])
+    pooled, identity = np.average(own, axis=0, weights=num), np.eye(embeddings.shape[1])
+    unshrunk = np.broadcast_to(pooled, own.shape) if tied else own
+    covariances = (1 - shrinkage) * unshrunk + shrinkage * np.mean(np.diag(pooled)) * identity
     if covariance == "diagonal":
-        covariances = covariances * np.eye(len(pooled))
+        covariances = covariances * identity
     values = np.linalg.eigvalsh(covariances)
-    if bad := np.flatnonzero(values[:, 0] <= len(pooled) * np.finfo(embeddings.dtype).eps * values[:, -1]).tolist():
+    if bad := np.flatnonzero(values[:, 0] <= len(identity) * np.finfo(embeddings.dtype).eps * values[:, -1]).tolist():
         raise EnergyError(
             f"The covariance of the embeddings of classes {bad} is singular: units are constant, or there are more of "
             "them than labelled nodes. A shrinkage above 0 mends that."
         )
-    whitening = np.linalg.inv(np.linalg.cholesky(covariances))
-    if covariance == "diagonal":
-        whitening = np.einsum("cii->ci", whitening)
-    mean, whitening = (jnp.asarray(x, embeddings.dtype) for x in (mean, whitening))
-    number = lambda x: jnp.asarray(x, logits.dtype)  # noqa: E731
-    distance = GraphEnergy(mean, whitening, number(0), number(1), number(jnp.inf), -1.0)
-    low, high = np.quantile(_evidence(distance, jnp.zeros_like(logits), embeddings), CENTRAL)
+    roots = np.linalg.inv(np.linalg.cholesky(covariances))
+    whitening = jnp.asarray(np.einsum("cii->ci", roots) if covariance == "diagonal" else roots, embeddings.dtype)
+    mean = jnp.asarray(mean, embeddings.dtype)
+    zero, one = jnp.zeros((), logits.dtype), jnp.ones((), logits.dtype)
+    bare = GraphEnergy(mean, whitening, zero, one, zero, strength=-1.0)  # whose evidence is the distances
+    low, high = np.quantile(_evidence(bare, jnp.zeros_like(logits), embeddings), CENTRAL)
     floor, top = np.quantile(np.asarray(logits), CENTRAL)
     if not (high > low and top > floor):
-        raise EnergyError(
-            "Logits, or embeddings, are the same on nearly all nodes: there is no scale to learn of them."
-        )
-    slope = (top - floor) / (high - low)
-    energy = GraphEnergy(mean, whitening, number(floor - slope * low), number(slope), number(jnp.inf), float(strength))
+        raise EnergyError("Logits, or embeddings, are the same on nearly all nodes: they say nothing of a scale.")
+    slope = float(top - floor) / float(high - low)
+    energy = GraphEnergy(mean, whitening, one * (floor - slope * low).item(), one * slope, zero, float(strength))
     limit = jnp.quantile(-jax.nn.logsumexp(_evidence(energy, logits, embeddings), axis=1), CENTRAL[1])
     return eqx.tree_at(lambda energy: energy.limit, energy, limit)
 
@@ -288,9 +281,8 @@ def _scores(
     independent = -jax.nn.logsumexp(evidence, axis=1)[:, None]
     opinion = jnp.exp(jnp.minimum(energy.limit - independent, 0)) * (evidence + independent)
     columns = jnp.concatenate([evidence, opinion, independent], axis=1)  # all by one pass over the edges
-    evidence, opinion, group = jnp.split(
-        _spread(columns, pairs, keep, num_steps), [logits.shape[1], 2 * logits.shape[1]], axis=1
-    )
+    ends = np.array([1, 2]) * logits.shape[1]
+    evidence, opinion, group = jnp.split(_spread(columns, pairs, keep, num_steps), ends, axis=1)
     local = -jax.nn.logsumexp(evidence, axis=1)
     log_alpha = jax.nn.log_softmax(opinion) - local[:, None]
     return GraphScores(independent[:, 0], local, group[:, 0], log_alpha)
@@ -342,6 +334,10 @@ def _of_nodes(x: ArrayLike, name: str) -> Array:
     if np.ndim(x) != 2 or 0 in np.shape(x):
         raise EnergyShapeError(f"{name} have shape {np.shape(x)}; expected a row for each node.")
     x = as_energy_values(x, np.shape(x), name)
+    _check_finite(x, name)
+    return x
+
+
+def _check_finite(x: Array, name: str) -> None:
     if bad := np.flatnonzero(~np.isfinite(np.asarray(x)).all(axis=1)).tolist():
         raise NonFiniteEnergyError(f"{name} are not finite at {len(bad)} of {len(x)} nodes; the first are {bad[:5]}.")
-    return x
