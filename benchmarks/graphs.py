@@ -15,10 +15,10 @@ of .0005, 200 steps) is trained on the graph of known classes, where 20 nodes of
 
 First table: area under the curve by which a score tells these nodes from the others without a label. Evidence is fitted
 by `ebm.fit_graph_energy` as it comes, on the graph of known classes, without edges. Its settings (one full covariance,
-shrunk by .3, strength .5) were chosen on seeds 100 to 104 of this model. The row "as public" has diagonal covariances of
-each class, strength 1, and the fit with edges, as the public code does, and a shrinkage of .01. Second table: share of
-nodes without a label, changed or not, whose class is right, and the calibration error, by the classifier's probabilities
-and by those of evidence.
+shrunk by .3, strength .5) were chosen on seeds 100 to 104 of this model. The row "as public" has diagonal covariances
+of each class, strength 1, and the fit with edges, as the public code does, and a shrinkage of .01. Second table: share
+of nodes without a label, changed or not, whose class is right, and the calibration error, by the probabilities of the
+classifier and by those of evidence.
 
 Third table: 10^5 nodes, 10^6 edges both ways round, 7 classes, 64 units; processor seconds of `scores`, and of SciPy's
 sparse products alone: ten, of the same 15 columns.

@@ -19,12 +19,12 @@ The logits of a network of rectified units are linear along a ray of embeddings,
 along which U falls for ever, and exp(-U) has no integral. m_c and S_c are moments of embeddings of class c; offset and
 slope map the central 95 % of the distances onto those of the logits, so that neither outweighs the other.
 
-Scales, and r_c in the units of the logits, are as in the public code. By default the rest is not. That code fits on what
-the classifier makes with edges, and scores without. It has a diagonal covariance of each class, with as much of 1e-8
-added as it takes, by which units that are zero on all nodes of a class outweigh all others; here there is one, shrunk
-towards a multiple of the identity. Offset and slope are of each class there, two numbers here; the strength is 1, here
-the half, which is among those it compares. It has no prediction: that of alpha = exp(P e) would be dictated by the
-neighbour that is farthest off, which by w has no say.
+Scales, and r_c in the units of the logits, are as in the public code. By default the rest is not. That code fits on
+what the classifier makes with edges, and scores without. It has a diagonal covariance of each class, with as much of
+1e-8 added as it takes, by which units that are zero on all nodes of a class outweigh all others; here there is one,
+shrunk towards a multiple of the identity. Offset and slope are of each class there, two numbers here; strength is 1
+there, here the half, which is among those it compares. It has no prediction: that of alpha = exp(P e) would be
+dictated by the neighbour that is farthest off, which by w has no say.
 
 References:
     Fuchsgruber, Wollschläger and Günnemann (2024), Energy-based epistemic uncertainty for graph neural networks; Wu,
