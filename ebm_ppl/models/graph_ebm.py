@@ -155,7 +155,7 @@ class GraphEnergy(eqx.Module):
                 f"logits have shape {logits.shape} and embeddings {embeddings.shape}; expected (node, "
                 f"{len(self.mean)}) and (node, {self.mean.shape[1]}), of the same nodes."
             )
-        found = _scores(self, logits, embeddings, _pairs(edges, len(logits), loops=True), _share(keep), num_steps)
+        found = _scores(self, logits, embeddings, _pairs(edges, len(logits), loops=True), *_steps(keep, num_steps))
         _check_finite(found.independent[:, None], "Energies (embeddings may be too large for their squares)")
         return found
 
@@ -270,7 +270,7 @@ def diffused(x: ArrayLike, edges: ArrayLike, *, keep: float = 0.5, num_steps: in
         loops: whether each node is a neighbour of itself. Without, one that has no other keeps what it has.
     """
     x = as_energy_values(x, np.shape(x), "x")
-    return _spread(x, _pairs(edges, len(x), loops), _share(keep), num_steps)
+    return _spread(x, _pairs(edges, len(x), loops), *_steps(keep, num_steps))
 
 
 @eqx.filter_jit
@@ -323,10 +323,10 @@ def _pairs(edges: ArrayLike, num_nodes: int, loops: bool) -> Array:
     return jnp.asarray(np.concatenate([pairs, np.stack([alone, alone])], axis=1), int)
 
 
-def _share(keep: float) -> Array:
-    if not 0 <= keep <= 1:
-        raise EnergyError(f"keep is a share, from 0 to 1; got {keep}.")
-    return jnp.asarray(keep, float)
+def _steps(keep: float, num_steps: int) -> tuple[Array, int]:
+    if not 0 <= keep <= 1 or num_steps < 0:
+        raise EnergyError(f"keep is a share, from 0 to 1, and num_steps not negative; got {keep} and {num_steps}.")
+    return jnp.asarray(keep, float), int(num_steps)
 
 
 def _of_nodes(x: ArrayLike, name: str) -> Array:

@@ -317,6 +317,7 @@ def test_settings_and_labels_out_of_range():
         (lambda: energy.scores(logits > 0, h, edges), "logits has dtype bool"),
         (lambda: energy.scores(logits, h, edges + 0.5), "pairs of integers; got float64"),
         (lambda: energy.scores(logits, h, edges, keep=1.5), "keep is a share"),
+        (lambda: ebm.gnnsafe(logits, edges, num_steps=-1), "num_steps not negative"),
         (lambda: ebm.fit_graph_energy(logits, h, labels * 2), "integers below 3"),
         (lambda: ebm.fit_graph_energy(logits, h, labels * 1.0), "got float64"),
         (lambda: ebm.fit_graph_energy(logits, h, labels, shrinkage=2.0), "shrinkage in"),
