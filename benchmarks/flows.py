@@ -146,7 +146,11 @@ def transport(seed: int) -> None:
             "the same, target_accept=.95": (moved, ebm.NUTS(target_accept=0.95)),
         }
         for method, (each, sampler) in runs.items():
-            data = ebm.sample(jax.random.key(seed + 1), each, sampler, progress_bar=False)
+            try:
+                data = ebm.sample(jax.random.key(seed + 1), each, sampler, progress_bar=False)
+            except ebm.EnergyError as error:  # where the flow has run off
+                print(f"| {name} | {method} | {seed} | {str(error).split('.')[0]} ||||||", flush=True)
+                continue
             effective, told = judged(data, axis)
             gradients, divergent = int(data["sample_stats"]["n_steps"].sum()), data.attrs["num_divergent"]
             cost = f"{trained:.0f}" if each is moved else ""
