@@ -32,6 +32,7 @@ from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.memory import memory
 from ebm_ppl.models.annealed import Annealed
 from ebm_ppl.models.bounds import held_out_elpd, log_likelihood_bounds
+from ebm_ppl.models.calibrated import Calibrated, CalibratedGuess, Calibration
 from ebm_ppl.models.critic import LogisticGAN, WassersteinGAN
 from ebm_ppl.models.diagnostics import latent_diagnostics
 from ebm_ppl.models.flow_fit import FittedFlow, fit_flow_to
@@ -97,6 +98,9 @@ __all__ = [
     "BlockGibbs",
     "BoltzmannEnergy",
     "Bridge",
+    "Calibrated",
+    "CalibratedGuess",
+    "Calibration",
     "CategoricalLikelihood",
     "CheckpointError",
     "ConcreteScoreMatching",

@@ -1,0 +1,215 @@
+"""Energy-calibrated generators: draws of a model are moved down an energy, and the model is taught to make what came.
+
+    x_0  =  G(z)                z of the base: the mean of p(x | z) of a `LatentModel`; of a flow its draw T(u)
+    x_k  =  x_k-1 - s grad[ E(x) + g_k max(|x - x_0|^2 - slack, 0) ] + sigma e         g_k = 1 - k / K falls to zero
+    C    =  mean |x_K - x_0|^2                                   x_K with no gradient
+    loss =  (the model's own)  +  l C  +  mean E(data) - mean E(x_K)
+    l   <-  l + rate (C - tolerance), within 0 and `largest`     dual ascent: C is to be no more than the tolerance
+
+The model's own loss, a bound of the likelihood, goes from data to latents and back; it never sees what comes of a
+latent that no datum is near. The energy does: it lies low at data and high at what the moves made of the model's draws,
+and C pulls those after the moves. E learns by the last two terms alone, and the model by the first two. Nothing of it
+is needed once the model is trained: its draws are those of `sample`.
+
+The moves are Langevin's at inverse temperature 2 s / sigma^2, few and short, so that x_K stays near x_0; what they draw
+is conditional on x_0, and not exp(-E). An energy whose slope has a bound, `SpectralNorm(...)`, keeps them so. Draws of
+an encoder are calibrated likewise: z_0 ~ q(z | x) moves down -log p(x, z), for which no energy is learned.
+
+In the authors' code the energy is divided by a temperature of 1e-5 and the hinge is not, so that it hardly acts; here
+both have the same units. There the weight is of a reconstruction with unit variance, here of the model's own bound.
+
+References:
+    Luo, Qiu, Tao, Cai and Tang (2024), Energy-calibrated VAE with test time free lunch; Xiao, Kreis, Kautz and Vahdat
+    (2021), VAEBM; Nijkamp, Hill, Zhu and Wu (2019), Learning non-convergent non-persistent short-run MCMC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ebm_ppl.models.flow_model import FlowModel
+from ebm_ppl.models.latent import LatentModel
+from ebm_ppl.train.objective import (
+    Density,
+    Metrics,
+    Objective,
+    energy_gap,
+    parameters_of,
+    with_parameters,
+    without_gradient,
+)
+from ebm_ppl.typing import Array, EnergyError, PRNGKey
+
+
+class Calibration(eqx.Module):
+    """How points are moved down an energy, and how much the model has to follow: see the module docstring.
+
+    Args:
+        num: K.
+        step_size: s, of the energy's gradient.
+        noise: sigma, in units of x.
+        slack: of the hinge, in squared units of x.
+        tolerance: of C, in squared units of x.
+        weight, rate, largest: of C in the loss: l at first, how fast it follows, and its bound.
+    """
+
+    num: int = 15
+    step_size: float = 0.05
+    noise: float = 1e-3
+    slack: float = 0.05
+    tolerance: float = 0.05
+    weight: float = 10.0
+    rate: float = 1e-2
+    largest: float = 100.0
+
+    def __check_init__(self):
+        if self.num < 1 or not (self.step_size > 0 and self.noise >= 0 and self.slack >= 0 and self.tolerance > 0):
+            raise EnergyError(f"num is 1 at least, step_size and tolerance positive, the others not negative: {self}.")
+        if not (0 <= self.weight <= self.largest and self.rate > 0):
+            raise EnergyError(f"weight lies from 0 to largest, and rate is positive; got {self}.")
+
+    def moved(self, key: PRNGKey, start: Array, slope: Callable[[Array], Array]) -> Array:
+        """x_K of each point, shape (num, dim), without a gradient in it.
+
+        Args:
+            slope: the gradient of a fixed energy at all points.
+        """
+
+        def hinge(x: Array) -> Array:
+            return jnp.sum(jnp.maximum(jnp.sum((x - start) ** 2, axis=1) - self.slack, 0.0))
+
+        def move(x: Array, given: tuple[PRNGKey, Array]) -> tuple[Array, None]:
+            key, left = given
+            noise = self.noise * jax.random.normal(key, x.shape, x.dtype)
+            return x - self.step_size * (slope(x) + left * jax.grad(hinge)(x)) + noise, None
+
+        start = jax.lax.stop_gradient(start)
+        left = 1 - jnp.arange(1, self.num + 1, dtype=start.dtype) / self.num
+        return jax.lax.scan(move, start, (jax.random.split(key, self.num), left))[0]
+
+    def distance(self, key: PRNGKey, start: Array, slope: Callable[[Array], Array]) -> tuple[Array, Array]:
+        """x_K, and C, whose gradient pulls the start after it."""
+        moved = self.moved(key, start, slope)
+        return moved, jnp.mean(jnp.sum((start - moved) ** 2, axis=1))
+
+    def next_weight(self, weight: Array, distance: Array) -> Array:
+        """l after a step."""
+        rise = self.rate * (jax.lax.stop_gradient(distance) - self.tolerance)
+        return jnp.clip(weight + rise, 0.0, self.largest)
+
+
+class State(NamedTuple):
+    """Of a calibration."""
+
+    weight: Array
+    """l"""
+    own: Any
+    """Of the model's own objective."""
+
+
+class Calibrated(Objective):
+    """A generator trained by an objective of its own, and calibrated by an energy that is trained beside it.
+
+    The record has `distance`, C, its `weight`, and the `energy_gap`.
+
+    Args:
+        objective: of the model: `EvidenceBound()` of a `vae`, `MaximumLikelihood()` of a `FlowModel`.
+        energy: E, of one event of the data: `SpectralNorm(MLPEnergy(...))`, say. Its arrays are the objective's own
+            parameters, and `fit` returns those: `objective.trained(fitted.parameters)`.
+        calibration: of its draws.
+
+    Reference: Luo et al. (2024).
+
+    Example:
+        >>> energy = ebm_ppl.SpectralNorm(ebm_ppl.ConvEnergy(jax.random.key(0), (28, 28)))
+        >>> objective = ebm_ppl.Calibrated(ebm_ppl.EvidenceBound(), energy)
+        >>> fitted = ebm_ppl.fit(jax.random.key(1), ebm_ppl.vae(key, 16, likelihood), digits, objective)
+        >>> fitted.energy.sample(jax.random.key(2), 100), objective.trained(fitted.parameters)
+    """
+
+    objective: Objective
+    energy: Any
+    calibration: Calibration = Calibration()
+    name = "calibrated"
+    is_comparable = False
+    is_continuous = True
+
+    def preview(self, density: Density, x: Array) -> Array:
+        return self.objective.preview(density, x) + self.energy(x.reshape(density.event_shape))
+
+    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
+        own, state = self.objective.init(key, density, data)
+        return (own, parameters_of(self.energy)), State(jnp.asarray(self.calibration.weight, data.dtype), state)
+
+    def trained(self, parameters: Any) -> Any:
+        """The energy with parameters that `fit` has found."""
+        return with_parameters(self.energy, parameters[1])
+
+    def loss(
+        self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
+    ) -> tuple[Array, tuple[Any, Metrics]]:
+        key_own, key_draws, key_moves = jax.random.split(key, 3)
+        of_model, (own, told) = self.objective.loss(key_own, density, parameters[0], state.own, batch)
+        energy = Density(self.trained(parameters), None, density.event_shape)
+        fixed = without_gradient(energy)
+        made = _made(density.energy, key_draws, len(batch)).reshape(len(batch), -1)
+        moved, distance = self.calibration.distance(key_moves, made, jax.vmap(jax.grad(fixed.tilt)))
+        of_energy, gap = energy_gap(energy, batch, moved)
+        told = told | {"distance": distance, "weight": state.weight, "energy_gap": gap}
+        weight = self.calibration.next_weight(state.weight, distance)
+        return of_model + state.weight * distance + of_energy, (State(weight, own), told)
+
+
+def _made(model: Any, key: PRNGKey, num: int) -> Array:
+    """What the model makes of draws of its base, as a function of its parameters."""
+    if isinstance(model, FlowModel):
+        return model.sample(key, num)
+    if not isinstance(model, LatentModel) or model.energy is not None:
+        raise EnergyError(
+            "Calibrated trains a LatentModel whose prior has no energy, vae(...), say, or a FlowModel: "
+            f"got {type(model).__name__}."
+        )
+    return model.given(model.base.sample(key, (num,))).mean  # pyright: ignore
+
+
+class CalibratedGuess(Objective):
+    """A VAE whose encoder's draws are moved down the energy of the posterior, -log p(x, z), and which follows them.
+
+    Args:
+        objective: of the model: `EvidenceBound()`.
+        calibration: of the latents, with lengths in their units; with noise sqrt(2 step_size) its moves are Langevin's
+            own, at an inverse temperature of one.
+
+    Reference: Luo et al. (2024).
+    """
+
+    objective: Objective
+    calibration: Calibration = Calibration(step_size=0.01, noise=0.02**0.5)
+    name = "calibrated guess"
+    is_comparable = False
+
+    def preview(self, density: Density, x: Array) -> Array:
+        return self.objective.preview(density, x)
+
+    def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
+        own, state = self.objective.init(key, density, data)
+        return own, State(jnp.asarray(self.calibration.weight, data.dtype), state)
+
+    def loss(
+        self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
+    ) -> tuple[Array, tuple[Any, Metrics]]:
+        key_own, key_draws, key_moves = jax.random.split(key, 3)
+        of_model, (own, told) = self.objective.loss(key_own, density, parameters, state.own, batch)
+        model: Any = density.energy
+        fixed, x = without_gradient(model), batch.reshape(-1, *density.event_shape)
+        guessed = model.posterior_guess(x).sample(key_draws)
+        slope = jax.grad(lambda z: jnp.sum(fixed.joint_energy(x, z)))
+        distance = self.calibration.distance(key_moves, guessed, slope)[1]
+        weight = self.calibration.next_weight(state.weight, distance)
+        told = told | {"distance": distance, "weight": state.weight}
+        return of_model + state.weight * distance, (State(weight, own), told)

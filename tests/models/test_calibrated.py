@@ -1,0 +1,185 @@
+"""Calibration of a generator: its moves in closed form, who learns from what, and what comes of it."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flowjax.distributions import Normal
+from limits import t_limit
+from model_problems import draws, linear_gaussian, posterior_variances
+
+import ebm_ppl as ebm
+from ebm_ppl.train.objective import Density, Objective
+
+KEY = jax.random.key(0)
+STILL = {"noise": 0.0, "num": 5, "step_size": 0.1}
+
+
+class Bowl(eqx.Module):
+    """E(x) = stiffness |x - centre|^2 / 2"""
+
+    centre: jax.Array
+    stiffness: float = eqx.field(static=True, default=1.0)
+
+    def __call__(self, x):
+        return self.stiffness * jnp.sum((x - self.centre) ** 2) / 2
+
+
+class Nothing(Objective):
+    """A loss of the model's that is zero."""
+
+    name = "nothing"
+    is_comparable = True
+
+    def preview(self, density, x):
+        return jnp.zeros(())
+
+    def loss(self, key, density, parameters, state, batch):
+        return jnp.zeros(()), (state, {})
+
+
+def loss_and_gradients(objective, model, data, key=KEY):
+    """Also of the state after the step."""
+    density = Density(model, None, data.shape[1:])
+    parameters, state = objective.init(key, density, data)
+    arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss(arrays, parameters):
+        density = Density(eqx.combine(arrays, rest), None, data.shape[1:])
+        return objective.loss(key, density, parameters, state, data)
+
+    (value, aux), slopes = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, parameters)
+    return value, aux, slopes
+
+
+def test_moves_without_noise_are_those_of_gradient_descent():
+    start, how = jnp.array([[1.0, -2.0], [0.5, 0.0]]), ebm.Calibration(**STILL, slack=1e9)
+    moved = how.moved(KEY, start, lambda x: x)
+    np.testing.assert_allclose(moved, start * 0.9**5, rtol=1e-12)
+
+
+def test_the_hinge_holds_back_at_first_and_lets_go():
+    """One number, pushed by a force of -1 and held by 2 g_k (x - x_0) once x - x_0 is beyond the slack."""
+    how = ebm.Calibration(**STILL, slack=0.0)
+    moved = how.moved(KEY, jnp.array([[3.0]]), lambda x: -jnp.ones_like(x))
+    x = 0.0
+    for k in range(1, 6):
+        x += 0.1 * (1 - 2 * (1 - k / 5) * x)
+    assert float(moved[0, 0]) == pytest.approx(3.0 + x)
+    free = ebm.Calibration(**STILL, slack=1e9).moved(KEY, jnp.array([[3.0]]), lambda x: -jnp.ones_like(x))
+    assert moved[0, 0] < free[0, 0] == pytest.approx(3.5)
+
+
+def test_moves_at_the_temperature_of_their_noise():
+    """Langevin's stationary variance of a bowl, that of an unadjusted step included, after moves enough."""
+    how = ebm.Calibration(num=200, step_size=0.1, noise=0.2**0.5, slack=1e9)
+    moved = how.moved(KEY, jnp.zeros((20_000, 1)), lambda x: x)
+    variance, expected = np.var(moved), 1 / (1 - 0.1 / 2)
+    assert abs(variance - expected) < t_limit(1, 100) * expected * np.sqrt(2 / len(moved))
+
+
+def test_the_weight_follows_the_distance_within_its_bounds():
+    how = ebm.Calibration(weight=10.0, rate=0.5, tolerance=1.0, largest=11.0)
+    for distance, expected in ((1.0, 10.0), (2.0, 10.5), (0.0, 9.5), (100.0, 11.0), (-100.0, 0.0)):
+        assert float(how.next_weight(jnp.array(10.0), jnp.array(distance))) == pytest.approx(expected)
+
+
+def test_the_model_learns_by_the_distance_and_the_energy_by_the_gap():
+    """A generator that shifts normal noise, and a bowl: gradients in closed form."""
+    model = linear_gaussian()
+    data = jnp.asarray(draws(1, 16)[1])
+    how = ebm.Calibration(**STILL, slack=1e9, weight=3.0)
+    objective = ebm.Calibrated(Nothing(), Bowl(jnp.zeros(4)), how)
+    value, (state, told), (of_model, (own, of_energy)) = loss_and_gradients(objective, model, data)
+    _, key_draws, _ = jax.random.split(KEY, 3)
+    made = model.given(model.base.sample(key_draws, (16,))).mean
+    share = 1 - 0.9**5
+    distance = np.mean(np.sum((share * made) ** 2, axis=1))
+    gap = np.mean(np.sum(data**2, axis=1) - np.sum((0.9**5 * made) ** 2, axis=1)) / 2
+    assert float(told["distance"]) == pytest.approx(distance)
+    assert float(value) == pytest.approx(3 * distance + gap) and float(told["energy_gap"]) == pytest.approx(-gap)
+    # d/d shift of mean |G - x_K|^2 with x_K held, and d/d centre of the gap with everything else held.
+    np.testing.assert_allclose(of_model.decoder.bias, 3 * 2 * share * np.mean(made, axis=0), rtol=1e-9)
+    np.testing.assert_allclose(of_energy.centre, np.mean(0.9**5 * made, axis=0) - np.mean(data, axis=0), rtol=1e-9)
+    assert own == ()
+    assert float(state.weight) == pytest.approx(3.0 + how.rate * (distance - how.tolerance))
+
+
+def test_the_models_own_loss_comes_on_top():
+    model, data = linear_gaussian("wrong"), jnp.asarray(draws(1, 16)[1])
+    nothing, bound = (
+        loss_and_gradients(ebm.Calibrated(each, Bowl(jnp.zeros(4))), model, data)[0]
+        for each in (Nothing(), ebm.EvidenceBound())
+    )
+    alone = ebm.EvidenceBound().loss(jax.random.split(KEY, 3)[0], Density(model, None, (4,)), (), (), data)[0]
+    assert float(bound - nothing) == pytest.approx(float(alone))
+
+
+def test_a_generator_whose_mean_is_off_is_calibrated():
+    """Normal noise about 0, whose own loss says nothing, and data about 2: it comes nine tenths of the way and more."""
+    data = np.random.default_rng(0).normal(2.0, 0.1, (1000, 1))
+    flow = Normal(jnp.zeros(1), 0.1 * jnp.ones(1))
+    how = {"num_steps": 500, "optimiser": optax.adam(1e-2), "averaging": 0.99, "progress_bar": False}
+    for seed in range(2):
+        energy = ebm.SpectralNorm(ebm.MLPEnergy(jax.random.key(seed), 1, 16, 2))
+        calibration = ebm.Calibration(num=5, step_size=0.15, noise=0.01, weight=5.0)
+        objective = ebm.Calibrated(Nothing(), energy, calibration)
+        fitted = ebm.fit(jax.random.key(seed), ebm.FlowModel(flow), data, objective, **how)
+        assert abs(float(jnp.mean(fitted.energy.sample(KEY, 4000))) - 2.0) < 0.2
+        weights = fitted.record["training"]["weight"].values
+        assert 0 < weights.min() and weights.max() < calibration.largest
+        assert np.isfinite(float(objective.trained(fitted.parameters)(jnp.ones(1))))
+
+
+def test_a_guess_is_drawn_to_the_posterior():
+    """The encoder alone learns, by the distance alone, of a linear model whose posterior is known."""
+    model, x = linear_gaussian("wrong"), jnp.asarray(draws(2, 256)[1])
+    arrays, rest = eqx.partition(model.encoder, eqx.is_inexact_array)
+    exact = linear_gaussian("exact").posterior_guess(x)
+    objective = ebm.CalibratedGuess(Nothing())
+
+    def off(encoder):
+        guess = eqx.tree_at(lambda model: model.encoder, model, encoder).posterior_guess(x)
+        return float(jnp.mean(jnp.sum((guess.mean - exact.mean) ** 2 / posterior_variances(), axis=1)))
+
+    @jax.jit
+    def step(arrays, key):
+        def loss(arrays):
+            whole = eqx.tree_at(lambda model: model.encoder, model, eqx.combine(arrays, rest))
+            density = Density(whole, None, (4,))
+            parameters, state = objective.init(key, density, x)
+            return objective.loss(key, density, parameters, state, x)[0]
+
+        return jax.tree.map(lambda x, slope: x - 2e-3 * slope, arrays, jax.grad(loss)(arrays)), None
+
+    trained, _ = jax.lax.scan(step, arrays, jax.random.split(KEY, 400))
+    before, after = off(model.encoder), off(eqx.combine(trained, rest))
+    assert after < 0.1 * before
+
+
+def test_what_cannot_be_calibrated_is_refused():
+    data = draws(0, 8)[1]
+    tilted = linear_gaussian(energy=Bowl(jnp.zeros(2)))
+    for model in (tilted, Bowl(jnp.zeros(4))):
+        with pytest.raises(ebm.EnergyError, match="Calibrated trains a LatentModel whose prior has no energy"):
+            ebm.fit(KEY, model, data, ebm.Calibrated(Nothing(), Bowl(jnp.zeros(4))), num_steps=1, progress_bar=False)
+    for settings in (
+        {"num": 0},
+        {"step_size": 0.0},
+        {"noise": -1.0},
+        {"tolerance": 0.0},
+        {"weight": 200.0},
+        {"rate": 0},
+    ):
+        with pytest.raises(ebm.EnergyError):
+            ebm.Calibration(**settings)
+
+
+def test_an_energy_that_is_not_a_number_is_told():
+    nothing = lambda x: jnp.sum(x) * jnp.nan  # noqa: E731
+    with pytest.raises(ebm.NonFiniteEnergyError):
+        ebm.fit(
+            KEY, linear_gaussian(), draws(0, 8)[1], ebm.Calibrated(Nothing(), nothing), num_steps=1, progress_bar=False
+        )
