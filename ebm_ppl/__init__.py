@@ -32,7 +32,7 @@ from ebm_ppl.logz.tempering import ParallelTempering
 from ebm_ppl.memory import memory
 from ebm_ppl.models.annealed import Annealed
 from ebm_ppl.models.bounds import held_out_elpd, log_likelihood_bounds
-from ebm_ppl.models.calibrated import Calibrated, CalibratedGuess, Calibration
+from ebm_ppl.models.calibrated import Calibrated, CalibratedGuess, Calibration, LinearOperator, restoration
 from ebm_ppl.models.critic import LogisticGAN, WassersteinGAN
 from ebm_ppl.models.diagnostics import latent_diagnostics
 from ebm_ppl.models.flow_fit import FittedFlow, fit_flow_to
@@ -142,6 +142,7 @@ __all__ = [
     "Langevin",
     "Laplace",
     "LatentModel",
+    "LinearOperator",
     "LogZ",
     "LogisticGAN",
     "MLPEnergy",
@@ -214,6 +215,7 @@ __all__ = [
     "prior_predictive",
     "read_log_z",
     "recover",
+    "restoration",
     "sample",
     "sequential_evidence",
     "stein_test",

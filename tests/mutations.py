@@ -884,6 +884,16 @@ MUTATIONS = (
         ("models/test_calibrated.py::test_a_guess_is_drawn_to_the_posterior",),
     ),
     Mutation(
+        "restoration: the noise of the observation left out",
+        "models/calibrated.py",
+        "spread = variance * operator.values**2 + noise**2",
+        "spread = variance * operator.values**2",
+        (
+            "models/test_calibrated.py::test_an_event_is_restored_as_its_posterior_says[noise alone]",
+            "models/test_calibrated.py::test_an_event_is_restored_as_its_posterior_says[seen in part]",
+        ),
+    ),
+    Mutation(
         "a step of training by the key of the run",
         "train/fit.py",
         "key = jax.random.fold_in(jax.random.fold_in(given.key, STEPS), run.step)",

@@ -15,6 +15,13 @@ The moves are Langevin's at inverse temperature 2 s / sigma^2, few and short, so
 is conditional on x_0, and not exp(-E). An energy whose slope has a bound, `SpectralNorm(...)`, keeps them so. Draws of
 an encoder are calibrated likewise: z_0 ~ q(z | x) moves down -log p(x, z), for which no energy is learned.
 
+    y = A x + noise e             an image seen in part, at a lower resolution, or through noise: `restoration`
+    z ~ prior exp(-b E(G(z)))     the energy, where it is given, tells which draws look like data
+    E[x | z, y] =  G + t^2 A' (t^2 A A' + noise^2 I)^-1 (y - A G)         t the scale of p(x | z); A = U S V'
+
+Where the noise goes to zero that is the decomposition of x into the range of A', which y tells, and the null space of
+A, which the model fills in: A^+ y + (I - A^+ A) G(z). The authors move one z; here it has a posterior.
+
 In the authors' code the energy is divided by a temperature of 1e-5 and the hinge is not, so that it hardly acts; here
 both have the same units. There the weight is of a reconstruction with unit variance, here of the model's own bound.
 
@@ -31,9 +38,14 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
 
+from ebm_ppl.distribution import energy_factor
 from ebm_ppl.models.flow_model import FlowModel
 from ebm_ppl.models.latent import LatentModel
+from ebm_ppl.models.likelihood import GaussianLikelihood
 from ebm_ppl.train.objective import (
     Density,
     Metrics,
@@ -43,7 +55,7 @@ from ebm_ppl.train.objective import (
     with_parameters,
     without_gradient,
 )
-from ebm_ppl.typing import Array, EnergyError, PRNGKey
+from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, PRNGKey
 
 
 class Calibration(eqx.Module):
@@ -213,3 +225,90 @@ class CalibratedGuess(Objective):
         weight = self.calibration.next_weight(state.weight, distance)
         told = told | {"distance": distance, "weight": state.weight}
         return of_model + state.weight * distance, (State(weight, own), told)
+
+
+class LinearOperator(eqx.Module):
+    """`A x` of a flat event x, by the singular values of A, which are found once.
+
+    Args:
+        matrix: A, shape (num, dim), with no more rows than columns: rows of the identity for what is seen of an image,
+            rows of means for a lower resolution, the identity for noise alone.
+
+    Raises:
+        EnergyShapeError: for another shape.
+    """
+
+    left: Array
+    """(num, num)"""
+    values: Array
+    """(num,)"""
+    right: Array
+    """(num, dim)"""
+
+    def __init__(self, matrix: ArrayLike):
+        matrix = np.asarray(matrix, jnp.result_type(float))
+        if matrix.ndim != 2 or len(matrix) > matrix.shape[1]:
+            raise EnergyShapeError(
+                f"The operator's matrix has shape {matrix.shape}; expected (num, dim) with no more rows than columns."
+            )
+        self.left, self.values, self.right = map(jnp.asarray, np.linalg.svd(matrix, full_matrices=False))
+
+    def __call__(self, x: Array) -> Array:
+        return self.left @ (self.values * (self.right @ x.ravel()))
+
+
+def restoration(
+    model: LatentModel,
+    operator: LinearOperator,
+    observed: Array,
+    noise: float,
+    energy: Callable[[Array], Array] | None = None,
+    beta: float = 1.0,
+) -> None:
+    """A NumPyro program of an event of which `observed = A x + noise e` is known; sites `z`, `x`, and U' y as `y`.
+
+    Nothing is trained for the operator. Under `ebm_ppl.sample` the posterior of `x` is that of the restored event: its
+    mean for each draw of z, so that what the noise of p(x | z) adds to its spread is left out.
+
+    Args:
+        model: with a `GaussianLikelihood` of one scale.
+        operator: A.
+        observed: y, shape (num,).
+        noise: standard deviation, in units of y; small for what is known exactly.
+        energy: E of one event: `objective.trained(fitted.parameters)` of `Calibrated`.
+        beta: how much it counts.
+
+    Raises:
+        EnergyError: for a model with another likelihood, or a noise that is not positive.
+        EnergyShapeError: where operator, observed and events do not fit together.
+
+    References: Luo et al. (2024); Wang, Yu and Zhang (2023), Zero-shot image restoration using denoising diffusion
+    null-space model.
+
+    Example:
+        >>> upper_half = ebm_ppl.LinearOperator(jnp.eye(784)[:392])
+        >>> target = ebm_ppl.target(ebm_ppl.restoration, model, upper_half, upper_half(digit), 0.01)
+        >>> restored = ebm_ppl.sample(key, target)["posterior"]["x"].mean(("chain", "draw"))
+    """
+    likelihood = model.likelihood
+    if not isinstance(likelihood, GaussianLikelihood) or likelihood.scale.shape or not noise > 0:
+        raise EnergyError(
+            "restoration takes a model with a GaussianLikelihood of one scale, and a positive noise; got "
+            f"{type(likelihood).__name__} and {noise}."
+        )
+    shape = len(operator.values), likelihood.num_outputs
+    if operator.right.shape != shape or observed.shape != shape[:1]:
+        raise EnergyShapeError(
+            f"The operator takes {operator.right.shape[1]} numbers to {shape[0]}, observed has shape {observed.shape}, "
+            f"and events have shape {model.event_shape}."
+        )
+    z: Any = numpyro.sample("z", model.prior)
+    given = model.given(z)
+    if energy is not None:
+        energy_factor("calibration", energy(given.mean), role="prior", beta=beta)
+    mean, variance = given.mean.ravel(), likelihood.scale**2
+    along, turned = operator.values * (operator.right @ mean), operator.left.T @ observed
+    spread = variance * operator.values**2 + noise**2
+    numpyro.sample("y", dist.Normal(along, jnp.sqrt(spread)).to_event(1), obs=turned)
+    x = mean + operator.right.T @ (variance * operator.values / spread * (turned - along))
+    numpyro.deterministic("x", x.reshape(model.event_shape))

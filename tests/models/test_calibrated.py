@@ -4,11 +4,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import optax
 import pytest
+from arviz_stats.base import array_stats
 from flowjax.distributions import Normal
-from limits import t_limit
-from model_problems import draws, linear_gaussian, posterior_variances
+from limits import t_limit, z_limit
+from model_problems import LOADINGS, SCALE, SHIFT, draws, linear_gaussian, posterior_variances
 
 import ebm_ppl as ebm
 from ebm_ppl.train.objective import Density, Objective
@@ -183,3 +185,62 @@ def test_an_energy_that_is_not_a_number_is_told():
         ebm.fit(
             KEY, linear_gaussian(), draws(0, 8)[1], ebm.Calibrated(Nothing(), nothing), num_steps=1, progress_bar=False
         )
+
+
+OPERATORS = {
+    "seen in part": np.eye(4)[[0, 2]],
+    "lower resolution": np.array([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]),
+    "noise alone": np.eye(4),
+    "rows alike": np.array([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_event_is_restored_as_its_posterior_says(name):
+    """Of a linear model with normal noise, where x given y is normal, too; one draw of z has the share of the noise."""
+    matrix, noise = OPERATORS[name], 0.3
+    x = draws(3, 1)[1][0]
+    y = matrix @ x + noise * np.random.default_rng(1).normal(size=len(matrix))
+    target = ebm.target(ebm.restoration, linear_gaussian(), ebm.LinearOperator(matrix), jnp.asarray(y), noise)
+    how = {"num_chains": 4, "num_warmup": 300, "num_samples": 500, "progress_bar": False}
+    found = ebm.sample(KEY, target, ebm.NUTS(metric="diag"), **how)["posterior"]["x"].values
+    prior = LOADINGS @ LOADINGS.T + SCALE**2 * np.eye(4)
+    gain = prior @ matrix.T @ np.linalg.inv(matrix @ prior @ matrix.T + noise**2 * np.eye(len(matrix)))
+    expected = SHIFT + gain @ (y - matrix @ SHIFT)
+    for part in range(4):
+        error = found[..., part].std() / np.sqrt(float(array_stats.ess(found[..., part], chain_axis=0, draw_axis=1)))
+        assert abs(found[..., part].mean() - expected[part]) < z_limit(4 * len(OPERATORS)) * error
+
+
+def test_without_noise_what_is_seen_is_kept_and_the_rest_is_the_models():
+    """The decomposition into range and null space, at one draw of z."""
+    matrix, model = OPERATORS["lower resolution"], linear_gaussian()
+    operator, y = ebm.LinearOperator(matrix), jnp.array([0.3, -2.0])
+    traced = numpyro.handlers.trace(numpyro.handlers.seed(ebm.restoration, 0)).get_trace(model, operator, y, 1e-6)
+    x, made = traced["x"]["value"], model.given(traced["z"]["value"]).mean
+    np.testing.assert_allclose(operator(x), y, atol=1e-9)
+    inverse = np.linalg.pinv(matrix)
+    np.testing.assert_allclose(x, inverse @ y + (np.eye(4) - inverse @ matrix) @ made, atol=1e-9)
+
+
+def test_the_energy_tilts_the_latents_of_a_restoration():
+    model, operator, y = linear_gaussian(), ebm.LinearOperator(np.eye(4)[:1]), jnp.array([1.0])
+    plain = ebm.target(ebm.restoration, model, operator, y, 0.1)
+    tilted = ebm.target(ebm.restoration, model, operator, y, 0.1, Bowl(jnp.ones(4)), 2.0)
+    z = jnp.array([0.3, -0.7])
+    expected = -2.0 * Bowl(jnp.ones(4))(model.given(z).mean)
+    assert float(tilted.log_density(z) - plain.log_density(z)) == pytest.approx(float(expected))
+
+
+def test_restoration_of_what_does_not_fit_is_refused():
+    model, operator = linear_gaussian(), ebm.LinearOperator(np.eye(4)[:1])
+    bits = ebm.vae(KEY, 2, ebm.BernoulliLikelihood((4,)))
+    for given, y, noise, error in (
+        (bits, jnp.ones(1), 0.1, ebm.EnergyError),
+        (model, jnp.ones(1), 0.0, ebm.EnergyError),
+        (model, jnp.ones(2), 0.1, ebm.EnergyShapeError),
+    ):
+        with pytest.raises(error):
+            ebm.target(ebm.restoration, given, operator, y, noise)
+    with pytest.raises(ebm.EnergyShapeError, match="no more rows than columns"):
+        ebm.LinearOperator(np.ones((3, 2)))
