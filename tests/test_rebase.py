@@ -41,6 +41,7 @@ def test_reference_is_normalised_and_drawn_from():
         assert abs(ratio.mean() - 1) < z_limit(len(densities)) * ratio.std() / np.sqrt(len(ratio))
 
 
+@pytest.mark.slow
 def test_smc_from_another_reference():
     _, other = rebased("mixture")
     draws = smc.run(jax.random.key(2), other, ebm.SMC(num_particles=300), num_runs=100, progress_bar=False)

@@ -64,7 +64,7 @@ def _stairs():
     ebm.energy_factor("stairs", stairs, role="loss")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow), NAMES[2]])
 def test_estimate_and_its_error(name):
     found, scores = of(name)
     low, high = chi2_limits(len(NAMES), NUM_RUNS)

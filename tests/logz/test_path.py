@@ -44,7 +44,7 @@ NAN = target_of(lambda x: jnp.where(x > 0, 0.0, jnp.nan))
 
 
 @each_method
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(NAMES[0], marks=pytest.mark.slow), NAMES[1]])
 def test_estimate_and_its_error(name, method):
     problem = PROBLEMS[name]
     target = problem.target()

@@ -35,7 +35,7 @@ def runs(name):
     return [SMALL.integrate(jax.random.key(seed), target) for seed in range(NUM_RUNS)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(NAMES[0], marks=pytest.mark.slow), NAMES[1]])
 def test_estimate_and_its_error(name):
     found = runs(name)
     errors = np.array([each.value - PROBLEMS[name].log_z for each in found])
@@ -52,7 +52,7 @@ def test_estimate_and_its_error(name):
         assert facts["round_trip_rate"] < facts["best_round_trip_rate"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(NAMES[0], marks=pytest.mark.slow), NAMES[1]])
 def test_moments_of_draws(name):
     """Means of independent replicas, of several seeds."""
     problem, seeds = PROBLEMS[name], range(4)
