@@ -101,7 +101,7 @@ for name, run in runs.items():
 #
 # Digits that were not trained on are damaged in three ways: three pixels of four are lost; the resolution falls to
 # 7 x 7; noise comes on top. Each is a linear operator with noise, and `restoration` is the posterior of the digit with
-# the VAE as its prior, to which the energy belongs, where there is one. NUTS draws from it. Beside it stands what one
+# the VAE as its prior, which the energy may tilt. NUTS draws from it. Beside it stands what one
 # does without a model: linear interpolation of the pixels that are known, and of noisy ones a smooth filter.
 
 # %%
@@ -124,13 +124,14 @@ def interpolated(name, y):
     return gaussian_filter(np.asarray(y).reshape(28, 28), 1.0)
 
 
-def mended(key, model, operator, y, noise, *energy):
-    target = ebm.target(ebm.restoration, model, operator, y, noise, *energy)
+def mended(key, model, operator, y, noise):
+    target = ebm.target(ebm.restoration, model, operator, y, noise)
     how = {"num_chains": 2, "num_warmup": NUM_DRAWS, "num_samples": NUM_DRAWS, "progress_bar": False}
     draws = ebm.sample(key, target, ebm.NUTS(metric="diag"), init="reference", log_likelihood=False, **how)["posterior"]
     return draws["x"].values.mean(axis=(0, 1))
 
 
+models["with energy"] = ebm.tilted(models["calibrated"], lambda x: -energy(x))
 results = {}
 for name, (matrix, noise) in list(DAMAGES.items())[:NUM_DAMAGES]:
     operator = ebm.LinearOperator(matrix)
@@ -143,7 +144,7 @@ for name, (matrix, noise) in list(DAMAGES.items())[:NUM_DAMAGES]:
             "interpolated": interpolated(name, y),
             "plain": mended(key, models["plain"], operator, y, noise),
             "calibrated": mended(key, models["calibrated"], operator, y, noise),
-            "with energy": mended(key, models["calibrated"], operator, y, noise, energy),
+            "with energy": mended(key, models["with energy"], operator, y, noise),
         }
 
 # %%

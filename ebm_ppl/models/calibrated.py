@@ -16,7 +16,7 @@ is conditional on x_0, and not exp(-E). An energy whose slope has a bound, `Spec
 an encoder are calibrated likewise: z_0 ~ q(z | x) moves down -log p(x, z), for which no energy is learned.
 
     y = A x + noise e             an image seen in part, at a lower resolution, or through noise: `restoration`
-    z ~ prior exp(-b E(G(z)))     the energy, where it is given, tells which draws look like data
+    z ~ prior exp(-b E(G(z)))     the energy, by `tilted`, tells which draws look like data
     E[x | z, y] =  G + t^2 A' (t^2 A A' + noise^2 I)^-1 (y - A G)         t the scale of p(x | z); A = U S V'
 
 Where the noise goes to zero that is the decomposition of x into the range of A', which y tells, and the null space of
@@ -42,7 +42,6 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
-from ebm_ppl.distribution import energy_factor
 from ebm_ppl.models.flow_model import FlowModel
 from ebm_ppl.models.latent import LatentModel
 from ebm_ppl.models.likelihood import GaussianLikelihood
@@ -262,8 +261,6 @@ def restoration(
     operator: LinearOperator,
     observed: Array,
     noise: float,
-    energy: Callable[[Array], Array] | None = None,
-    beta: float = 1.0,
 ) -> None:
     """A NumPyro program of an event of which `observed = A x + noise e` is known; sites `z`, `x`, and U' y as `y`.
 
@@ -271,12 +268,11 @@ def restoration(
     mean for each draw of z, so that what the noise of p(x | z) adds to its spread is left out.
 
     Args:
-        model: with a `GaussianLikelihood` of one scale.
+        model: with a `GaussianLikelihood` of one scale. With `tilted(model, lambda x: -beta * energy(x))` in its place
+            the energy of `Calibrated`, `objective.trained(fitted.parameters)`, has its say.
         operator: A.
         observed: y, shape (num,).
         noise: standard deviation, in units of y; small for what is known exactly.
-        energy: E of one event: `objective.trained(fitted.parameters)` of `Calibrated`.
-        beta: how much it counts.
 
     Raises:
         EnergyError: for a model with another likelihood, or a noise that is not positive.
@@ -303,10 +299,7 @@ def restoration(
             f"and events have shape {model.event_shape}."
         )
     z: Any = numpyro.sample("z", model.prior)
-    given = model.given(z)
-    if energy is not None:
-        energy_factor("calibration", energy(given.mean), role="prior", beta=beta)
-    mean, variance = given.mean.ravel(), likelihood.scale**2
+    mean, variance = model.given(z).mean.ravel(), likelihood.scale**2
     along, turned = operator.values * (operator.right @ mean), operator.left.T @ observed
     spread = variance * operator.values**2 + noise**2
     numpyro.sample("y", dist.Normal(along, jnp.sqrt(spread)).to_event(1), obs=turned)

@@ -226,7 +226,8 @@ def test_without_noise_what_is_seen_is_kept_and_the_rest_is_the_models():
 def test_the_energy_tilts_the_latents_of_a_restoration():
     model, operator, y = linear_gaussian(), ebm.LinearOperator(np.eye(4)[:1]), jnp.array([1.0])
     plain = ebm.target(ebm.restoration, model, operator, y, 0.1)
-    tilted = ebm.target(ebm.restoration, model, operator, y, 0.1, Bowl(jnp.ones(4)), 2.0)
+    tilted = ebm.tilted(model, lambda x: -2.0 * Bowl(jnp.ones(4))(x))
+    tilted = ebm.target(ebm.restoration, tilted, operator, y, 0.1)
     z = jnp.array([0.3, -0.7])
     expected = -2.0 * Bowl(jnp.ones(4))(model.given(z).mean)
     assert float(tilted.log_density(z) - plain.log_density(z)) == pytest.approx(float(expected))
