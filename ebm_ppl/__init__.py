@@ -35,6 +35,7 @@ from ebm_ppl.models.bounds import held_out_elpd, log_likelihood_bounds
 from ebm_ppl.models.calibrated import Calibrated, CalibratedGuess, Calibration, LinearOperator, restoration
 from ebm_ppl.models.critic import LogisticGAN, WassersteinGAN
 from ebm_ppl.models.diagnostics import latent_diagnostics
+from ebm_ppl.models.diffusion_ebm import AdversarialDiffusion, DenoisingGenerator, denoise
 from ebm_ppl.models.flow_fit import FittedFlow, fit_flow_to
 from ebm_ppl.models.flow_model import FlowEncoder, FlowModel
 from ebm_ppl.models.graph_ebm import GraphEnergy, GraphScores, fit_graph_energy, gnnsafe, logit_energy
@@ -93,6 +94,7 @@ __all__ = [
     "NUTS",
     "SMC",
     "Adversarial",
+    "AdversarialDiffusion",
     "Annealed",
     "BernoulliLikelihood",
     "BlockGibbs",
@@ -110,6 +112,7 @@ __all__ = [
     "ConvNetwork",
     "DeconvNetwork",
     "DegenerateParticlesError",
+    "DenoisingGenerator",
     "DenoisingScoreMatching",
     "Dynamics",
     "Energy",
@@ -180,6 +183,7 @@ __all__ = [
     "classifier_auc",
     "classifier_test",
     "compare",
+    "denoise",
     "energy_factor",
     "enumerate_log_z",
     "enumerate_states",
