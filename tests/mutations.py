@@ -1324,6 +1324,48 @@ MUTATIONS = (
         "return of_energy + log_z_lower",
         ("train/test_adversarial.py::test_energy_and_generator_have_the_slopes_that_they_should[implicit]",),
     ),
+    Mutation(
+        "draws of a diffusion's generator without the density of their latents",
+        "models/diffusion_ebm.py",
+        "jnp.sum(norm.logpdf(z)) + jnp.sum(norm.logpdf(e))",
+        "jnp.sum(norm.logpdf(e))",
+        ("models/test_diffusion_ebm.py::test_draws_of_any_generator_weigh_the_conditional_without_bias",),
+    ),
+    Mutation(
+        "a diffusion's encoder rewarded for its rate",
+        "models/diffusion_ebm.py",
+        "*self.given(z, y, level))) - rate",
+        "*self.given(z, y, level))) + rate",
+        ("models/test_diffusion_ebm.py::test_both_bounds_are_tight_where_the_encoder_is_the_posterior",),
+    ),
+    Mutation(
+        "a diffusion's energy that takes the generator's draws for its own",
+        "models/diffusion_ebm.py",
+        "jax.nn.softmax(log_weights)",
+        "jnp.full_like(log_weights, 1 / self.num_draws)",
+        ("models/test_diffusion_ebm.py::test_gradients_are_zero_at_rest_and_that_of_the_likelihood_elsewhere",),
+    ),
+    Mutation(
+        "a diffusion's energy that is trained by the bound of its generator",
+        "models/diffusion_ebm.py",
+        "fixed.at(sigma).total(drawn)",
+        "density.at(sigma).total(drawn)",
+        ("models/test_diffusion_ebm.py::test_gradients_are_zero_at_rest_and_that_of_the_likelihood_elsewhere",),
+    ),
+    Mutation(
+        "a diffusion's conditional without the noisy point",
+        "models/diffusion_ebm.py",
+        "- jnp.sum((y - drawn) ** 2) / (2 * step)",
+        "",
+        ("models/test_diffusion_ebm.py::test_at_rest_draws_weigh_the_same_and_the_divergence_is_nothing",),
+    ),
+    Mutation(
+        "a diffusion's generator walked upwards",
+        "models/diffusion_ebm.py",
+        "points, given, reverse=True)",
+        "points, given, reverse=False)",
+        ("models/test_diffusion_ebm.py::test_the_chain_walked_down_has_the_density_of_the_data",),
+    ),
 )
 
 

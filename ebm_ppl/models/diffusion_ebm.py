@@ -18,16 +18,15 @@ alone covers all modes and blurs, reverse alone is sharp and leaves modes out. R
 gamma is zero. `energy(x)`, at sigma_0, is that of the data: an ordinary `NoiseConditionalEnergy`, for
 `EnergyDistribution`, `log_z` and `anneal`.
 
-Steps are few and wide, since a generator can have many modes given one y. That is also what tells the energy how much
-mass there is in modes that lie d_0 apart, of which short walks from y, as in recovery, know little.
+What is left open is what recovery leaves open: where modes lie further apart than d_0 no y comes from both, and the
+energy at the smallest level has their weights only by what it shares with the wider levels. Draws have them.
 
 With one draw for each y the weight is one, as in the paper: the energy then learns to tell data from draws of g, and
 where g lags behind it, as every generator does, it grows too steep, and nobody tells it. With several, exp(h) weighs
 them without bias for p(. | y), whatever g is, and what is left is the slack of a bound of log Z(y) by importance.
 
 What is followed. The paper, with variance that explodes rather than one that is preserved, which is the same up to a
-scale of each level, and is that of the energies here. The authors' public code for the plane differs from the paper,
-and is not followed, where
+scale of each level, and is that of the energies here. The authors' public code for the plane is not followed where
   - its noise ends at a variance of .05 for data of variance one, while draws start at N(0, I). Here a chain that does
     not end in noise is refused;
   - it counts log r a tenth. Here all of h counts, or reverse would be no bound;
@@ -192,6 +191,10 @@ class DenoisingGenerator(eqx.Module):
 
     def _seen(self, y: Array, level: Array) -> Array:
         """What the networks see of y, of unit variance, and of its level, from -1 to 1."""
+        if y.shape != self.log_noise.shape[1:]:
+            raise EnergyShapeError(
+                f"A point has shape {y.shape}; the generator draws points of shape {self.log_noise.shape[1:]}."
+            )
         levels = jnp.asarray(self.levels, y.dtype)
         width = jnp.sqrt(self.scale**2 + _variance_between(levels[0], levels[level + 1]))
         return jnp.append(y / width, 2 * level / max(len(self.levels) - 2, 1) - 1)
@@ -205,12 +208,12 @@ class AdversarialDiffusion(Objective):
     batch has a level of its own in each step.
 
     The record has `energy_gap`, of draws less data; `forward`, the cross entropy of q to g in nats from above;
-    `reverse`, minus a lower bound of log Z(y); `ess`, the effective share of draws of the generator under the energy, near
-    one where they agree; and `penalty`, the mean of sigma_k^2 |grad V|^2.
+    `reverse`, minus a lower bound of log Z(y); `ess`, the effective share of a point's draws of g under the energy, one
+    where they agree; and `penalty`, the mean of sigma_k^2 |grad V|^2.
 
     Args:
-        generator: `DenoisingGenerator(...)`, or a module with its `levels`, `draw` and `log_density_bound`. Its arrays
-            are the objective's own parameters: `objective.trained(fitted.parameters)`.
+        generator: `DenoisingGenerator(...)`, whose arrays are the objective's own parameters: trained, it is
+            `objective.trained(fitted.parameters)`.
         penalty: gamma in units of sigma_k^2, of the energy's squared slope at the data. What is learned has about 1 +
             2 penalty times the variance of the noise of its level.
         forward: weight of the forward divergence; without it a generator leaves modes out.
@@ -232,7 +235,7 @@ class AdversarialDiffusion(Objective):
         >>> draws = ebm_ppl.denoise(jax.random.key(3), objective.trained(fitted.parameters), fitted.energy)
     """
 
-    generator: Any
+    generator: DenoisingGenerator
     penalty: float = 0.02
     forward: float = 1.0
     num_draws: int = 4
@@ -256,12 +259,7 @@ class AdversarialDiffusion(Objective):
                 "what draws start from, noise, would not be what the chain ends in. Give the energy and the generator "
                 "a last level as wide as the data."
             )
-        drawn, entropy = eqx.filter_eval_shape(self.generator.draw, key, data[0], jnp.zeros((), int))
-        if drawn.shape != data.shape[1:] or entropy.shape != ():
-            raise EnergyShapeError(
-                f"The generator draws a point of shape {drawn.shape} with an entropy of shape {entropy.shape}; "
-                f"expected {data.shape[1:]} and one number."
-            )
+        eqx.filter_eval_shape(self.generator.draw, key, data[0], jnp.zeros((), int))  # refuses other points
         return parameters_of(self.generator), ()
 
     def trained(self, parameters: Any) -> Any:
@@ -307,7 +305,7 @@ class AdversarialDiffusion(Objective):
 
 def denoise(
     key: PRNGKey,
-    generator: Any,
+    generator: DenoisingGenerator,
     energy: Callable[[Array], Array] | None = None,
     *,
     start: dist.Distribution | None = None,
@@ -349,7 +347,13 @@ def denoise(
 
 @eqx.filter_jit
 def _denoise(
-    key: PRNGKey, generator: Any, density: Density, start: Any, num: int, dynamics: Dynamics, is_moved: bool
+    key: PRNGKey,
+    generator: DenoisingGenerator,
+    density: Density,
+    start: Any,
+    num: int,
+    dynamics: Dynamics,
+    is_moved: bool,
 ) -> tuple[Array, Array]:
     key_start, key_levels = jax.random.split(key)
     points = start.sample(key_start, (num,)).reshape(num, -1)

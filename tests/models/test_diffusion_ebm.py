@@ -159,7 +159,7 @@ def test_draws_of_any_generator_weigh_the_conditional_without_bias():
 def test_gradients_are_zero_at_rest_and_that_of_the_likelihood_elsewhere():
     """Of the energy's weight by closed form; of the generator at rest, along random directions."""
     num, penalty = 32, 0.3
-    objective = ebm.AdversarialDiffusion(normal_generator(), penalty=penalty, num_draws=16)
+    objective = ebm.AdversarialDiffusion(normal_generator(), penalty=penalty, num_draws=64)
     parameters, _ = objective.init(jax.random.key(0), Density(BELL, None, (DIM,)), normal_data(jax.random.key(0), 9))
     leaves, structure = jax.tree.flatten(parameters)
     directions = jax.tree.unflatten(
@@ -185,10 +185,10 @@ def test_gradients_are_zero_at_rest_and_that_of_the_likelihood_elsewhere():
         return np.mean(DIM / 2 - of_model / (2 * variance) + penalty * slope)
 
     run = jax.jit(jax.vmap(one, (0, None)))
-    at_rest, below = (run(jax.random.split(jax.random.key(1), num), jnp.asarray(weight)) for weight in (1.0, 0.8))
-    scores = [score(at_rest[0], exact(1.0)), score(at_rest[1], 0.0), score(below[0], exact(0.8))]
+    at_rest, below = (run(jax.random.split(jax.random.key(1), num), jnp.asarray(weight)) for weight in (1.0, 0.5))
+    scores = [score(at_rest[0], exact(1.0)), score(at_rest[1], 0.0), score(below[0], exact(0.5))]
     assert np.max(np.abs(scores)) < t_limit(len(scores), num - 1), scores
-    assert np.std(below[0]) / np.sqrt(num) < 0.1 * np.abs(exact(0.8) - exact(1.0))  # so that the scores mean something
+    assert np.std(below[0]) / np.sqrt(num) < 0.1 * np.abs(exact(0.5) - exact(1.0))  # so that the scores mean something
 
 
 def test_the_chain_walked_down_has_the_density_of_the_data():
@@ -244,7 +244,8 @@ def test_what_is_refused():
     # The noise of the authors' public code for the plane, for data of variance one: a twentieth of it at the end.
     short = (0.03, 0.12, 0.18, 0.23)
     with pytest.raises(ebm.EnergyError, match="last level as wide as the data"):
-        fit(two_modes(100), *(make(jax.random.key(0), 1, short) for make in (ebm.NoiseConditionalEnergy, type(generator))))
+        makers = ebm.NoiseConditionalEnergy, ebm.DenoisingGenerator
+        fit(two_modes(100), *(make(jax.random.key(0), 1, short) for make in makers))
     with pytest.raises(ebm.EnergyError, match="not finite"):
         fit(np.where(np.arange(100)[:, None] == 7, np.nan, two_modes(100)))
     broken = eqx.tree_at(lambda e: e.network.layers[0].bias, energy, replace_fn=lambda x: x * jnp.nan)
@@ -257,7 +258,7 @@ def test_what_is_refused():
         fit(two_modes(100), ebm.NoiseConditionalEnergy(jax.random.key(0), 1, (0.2, 2.0)))
     with pytest.raises(ebm.EnergyError, match="no levels of noise"):
         fit(two_modes(100), ebm.MLPEnergy(jax.random.key(0), 1))
-    with pytest.raises(ebm.EnergyShapeError, match=r"a point of shape \(2,\)"):
+    with pytest.raises(ebm.EnergyShapeError, match=r"draws points of shape \(2,\)"):
         fit(two_modes(100), generator=ebm.DenoisingGenerator(jax.random.key(1), 2, LEVELS))
     with pytest.raises(ebm.EnergyError, match="not negative"):
         ebm.AdversarialDiffusion(generator, penalty=-1.0)
