@@ -137,8 +137,9 @@ figure.savefig(OUT / "adversarial_diffusion_draws.png", dpi=120)
 # %% [markdown]
 # ## The density
 #
-# `energy(x)` is that of the data themselves. Its density is `exp(-U(x)) / Z`, here on a square, whose uniform density is
-# the base. On the plane Z is a sum over a grid; where there are more dimensions `ebm.log_z` finds it, and does here.
+# `energy(x)` is that of the data themselves. Its density is `exp(-U(x)) / Z`, here on a square, whose uniform density
+# is the base. On the plane Z is a sum over a grid; where there are more dimensions `ebm.log_z` finds it, as it does
+# here, too.
 
 # %%
 square = dist.Uniform(-4.0, 4.0).expand([2]).to_event(1)
