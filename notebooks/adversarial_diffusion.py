@@ -35,7 +35,8 @@ import ebm_ppl as ebm
 FAST = bool(int(os.environ.get("EBM_PPL_FAST", "0")))  # a short run, for the tests
 NUM_STEPS = 20 if FAST else 4000
 NUM_DRAWS = 100 if FAST else 10_000
-NUM_PARTICLES = 100 if FAST else 4000
+NUM_PARTICLES = 20 if FAST else 1000
+jax.config.update("jax_disable_most_optimizations", FAST)  # of programs that run for less time than they compile
 
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("EBM_PPL_OUT", HERE / "output"))
@@ -143,7 +144,7 @@ figure.savefig(OUT / "adversarial_diffusion_draws.png", dpi=120)
 
 # %%
 square = dist.Uniform(-4.0, 4.0).expand([2]).to_event(1)
-sampler = ebm.SMC(num_particles=NUM_PARTICLES)
+sampler = ebm.SMC(num_particles=NUM_PARTICLES, kernel=ebm.HMC(max_leapfrogs=8))
 wide = np.stack(np.meshgrid(*2 * [(np.arange(400) + 0.5) / 50 - 4]), axis=-1).reshape(-1, 2).astype(np.float32)
 log_z = logsumexp(-np.asarray(jax.vmap(energy)(wide))) - np.log(2500)
 

@@ -21,12 +21,13 @@ gamma is zero. `energy(x)`, at sigma_0, is that of the data: an ordinary `NoiseC
 What is left open is what recovery leaves open: where modes lie further apart than d_0 no y comes from both, and the
 energy at the smallest level has their weights only by what it shares with the wider levels. Draws have them.
 
-With one draw for each y the weight is one, as in the paper: the energy then learns to tell data from draws of g, and
+With one draw for each y the weight is one, as in the authors': the energy then learns to tell data from draws of g, and
 where g lags behind it, as every generator does, it grows too steep, and nobody tells it. With several, exp(h) weighs
 them without bias for p(. | y), whatever g is, and what is left is the slack of a bound of log Z(y) by importance.
 
-What is followed. The paper, with variance that explodes rather than one that is preserved, which is the same up to a
-scale of each level, and is that of the energies here. The authors' public code for the plane is not followed where
+What is followed. Of Geng et al. (2024) the abstract and the authors' public code for the plane, which is all that was
+read: what the paper itself says beyond them is not claimed. The variance explodes here, as that of the energies does,
+rather than being preserved, which is the same up to a scale of each level. That code is not followed where
   - its noise ends at a variance of .05 for data of variance one, while draws start at N(0, I). Here a chain that does
     not end in noise is refused;
   - it counts log r a tenth. Here all of h counts, or reverse would be no bound;
@@ -217,7 +218,7 @@ class AdversarialDiffusion(Objective):
         penalty: gamma in units of sigma_k^2, of the energy's squared slope at the data. What is learned has about 1 +
             2 penalty times the variance of the noise of its level.
         forward: weight of the forward divergence; without it a generator leaves modes out.
-        num_draws: of the generator for each point of a batch; one is the paper's.
+        num_draws: of the generator for each point of a batch; one is the authors'.
 
     Raises:
         EnergyError: for an energy of other levels, or a chain that does not end in noise.
