@@ -34,8 +34,8 @@ import ebm_ppl as ebm
 
 FAST = bool(int(os.environ.get("EBM_PPL_FAST", "0")))  # a short run, for the tests
 NUM_STEPS = 20 if FAST else 4000
+DEPTH = 1 if FAST else 2
 NUM_DRAWS = 100 if FAST else 10_000
-NUM_PARTICLES = 20 if FAST else 1000
 jax.config.update("jax_disable_most_optimizations", FAST)  # of programs that run for less time than they compile
 
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
@@ -69,8 +69,8 @@ data = turned(arms, rng.choice(TURNS, len(arms)) + TWIST * np.linalg.norm(arms, 
 # %% [markdown]
 # ## Training
 #
-# The levels of noise go from what the data are taken as they are, to a width that hides them; five steps lie between.
-# The generator is the faster of the two, and neither has momentum. Periodic activations see narrow arms early.
+# The lowest level of noise is that at which the data are taken as they are, the highest one hides them; five steps lie
+# between. The generator is the faster of the two, and neither has momentum. Periodic activations see narrow arms early.
 
 # %%
 LEVELS, scale = (0.1, 0.2, 0.4, 0.8, 1.5, 2.5), float(data.std())
@@ -81,8 +81,8 @@ def wave(x):
 
 
 key_energy, key_generator, key_fit, key_draws, key_z, key_posterior = jax.random.split(jax.random.key(0), 6)
-energy = ebm.NoiseConditionalEnergy(key_energy, 2, LEVELS, scale, 64, 2, wave)
-generator = ebm.DenoisingGenerator(key_generator, 2, LEVELS, None, scale, 64, 2, wave)
+energy = ebm.NoiseConditionalEnergy(key_energy, 2, LEVELS, scale, 64, DEPTH, wave)
+generator = ebm.DenoisingGenerator(key_generator, 2, LEVELS, None, scale, 64, DEPTH, wave)
 objective = ebm.AdversarialDiffusion(generator)
 rates = {"energy": 3e-4, "generator": 2e-3}
 falling = {name: optax.adam(optax.cosine_decay_schedule(rate, NUM_STEPS, 0.02), b1=0.0) for name, rate in rates.items()}
@@ -117,7 +117,8 @@ figure.savefig(OUT / "adversarial_diffusion_training.png", dpi=120)
 # ## The sampler
 #
 # Five passes through a small network make a draw. With the energy, each step is followed by a few moves of MALA, which
-# take away what the generator leaves between the arms.
+# take away most of what the generator leaves between the arms: the full form has 86.6 % of the generator's draws where
+# 99.9 % of the data are, and 95.5 % of those that were moved.
 
 # %%
 draws = {}
@@ -140,13 +141,16 @@ figure.savefig(OUT / "adversarial_diffusion_draws.png", dpi=120)
 #
 # `energy(x)` is that of the data themselves. Its density is `exp(-U(x)) / Z`, here on a square, whose uniform density
 # is the base. On the plane Z is a sum over a grid; where there are more dimensions `ebm.log_z` finds it, as it does
-# here, too.
+# here, too: 5.265 ± 0.050, and 5.259 by the grid. The energy is .076 nats from the truth, where the uniform density is
+# 2.75 from it. What is left is seen in the picture: the shapes of the arms are learned, their weights only roughly,
+# since at the lowest level hardly a noisy point could come from two of them.
 
 # %%
 square = dist.Uniform(-4.0, 4.0).expand([2]).to_event(1)
-sampler = ebm.SMC(num_particles=NUM_PARTICLES, kernel=ebm.HMC(max_leapfrogs=8))
+sampler = ebm.MALA() if FAST else ebm.SMC(kernel=ebm.HMC(max_leapfrogs=8))
+energies = jax.jit(jax.vmap(energy))
 wide = np.stack(np.meshgrid(*2 * [(np.arange(400) + 0.5) / 50 - 4]), axis=-1).reshape(-1, 2).astype(np.float32)
-log_z = logsumexp(-np.asarray(jax.vmap(energy)(wide))) - np.log(2500)
+log_z = logsumexp(-np.asarray(energies(wide))) - np.log(2500)
 
 
 def prior():
@@ -157,20 +161,21 @@ if not FAST:
     found = ebm.log_z(key_z, ebm.target(prior), sampler, progress_bar=False)
     print(f"log Z by SMC, with that of the base: {found.value + np.log(64):.3f} ± {found.std_error:.3f}")
 truth = np.mean(true_log_density(data))
-divergence = truth + np.mean(jax.vmap(energy)(data)) + log_z
+divergence = truth + np.mean(energies(data)) + log_z
 print(f"log Z {log_z:.3f}; KL of the truth: {divergence:.3f} nats, and {truth + np.log(64):.3f} to the uniform density")
 
 side = np.linspace(-3, 3, 201)
 grid = np.stack(np.meshgrid(side, side), axis=-1)
 surfaces = {
     "true density": true_log_density(grid),
-    "exp(-U) / Z": -np.asarray(jax.vmap(jax.vmap(energy))(grid.astype(np.float32))) - log_z,
+    "exp(-U) / Z": -np.asarray(energies(grid.astype(np.float32).reshape(-1, 2))).reshape(len(side), -1) - log_z,
 }
 figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), sharey=True, layout="constrained")
 shown = None
 for axis, (name, log_density) in zip(axes, surfaces.items(), strict=True):
     shown = axis.pcolormesh(side, side, np.exp(log_density), vmin=0, vmax=0.7, cmap="Blues", rasterized=True)
     axis.set(title=name, aspect="equal", xlabel="x[0]")
+axes[0].set_ylabel("x[1]")
 figure.colorbar(shown, ax=axes, shrink=0.9)
 figure.savefig(OUT / "adversarial_diffusion_density.png", dpi=120)
 

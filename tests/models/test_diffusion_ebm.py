@@ -15,6 +15,7 @@ from ebm_ppl.train.objective import Density
 
 LEVELS, SCALE, DIM = (0.3, 0.5, 1.0, 2.0), 1.5, 2
 ADDED = np.array(LEVELS) ** 2 - LEVELS[0] ** 2
+NUM_DRAWS = 10_000
 GRID = jnp.linspace(-15.0, 15.0, 6001)[:, None]
 TWO_MODES = dist.MixtureSameFamily(
     dist.Categorical(jnp.array([0.3, 0.7])), dist.Normal(jnp.array([-2.0, 1.5]), jnp.array([0.5, 0.7]))
@@ -193,20 +194,20 @@ def test_gradients_are_zero_at_rest_and_that_of_the_likelihood_elsewhere():
 
 def test_the_chain_walked_down_has_the_density_of_the_data():
     """Variance of draws at the smallest level, of the generator alone and with moves by the energy."""
-    num, scores = 20_000, []
+    scores = []
     for energy in (None, BELL):
-        tree = ebm.denoise(jax.random.key(0), normal_generator(), energy, num=num)
+        tree = ebm.denoise(jax.random.key(0), normal_generator(), energy, num=NUM_DRAWS)
         scores += [score(np.ravel(tree["posterior"]["x"].values ** 2), SCALE**2)]
-    assert np.max(np.abs(scores)) < t_limit(len(scores), num - 1), scores
+    assert np.max(np.abs(scores)) < t_limit(len(scores), NUM_DRAWS - 1), scores
     x = tree["posterior"]["x"].values
-    assert x.shape == (1, num, DIM)
+    assert x.shape == (1, NUM_DRAWS, DIM)
     np.testing.assert_allclose(tree["sample_stats"]["energy"][0], jax.vmap(BELL)(x[0]), rtol=1e-5)
 
 
 def test_moves_mend_a_generator_that_is_wrong():
     wrong = eqx.tree_at(lambda g: g.log_noise, normal_generator(), replace_fn=lambda x: x + 0.5)
     far, near = (
-        float(np.mean(ebm.denoise(jax.random.key(0), wrong, energy, num=4000)["posterior"]["x"].values ** 2))
+        float(np.mean(ebm.denoise(jax.random.key(0), wrong, energy, num=NUM_DRAWS)["posterior"]["x"].values ** 2))
         for energy in (None, BELL)
     )
     assert abs(near - SCALE**2) < 0.5 * abs(far - SCALE**2)
@@ -235,8 +236,8 @@ def test_two_modes_are_learned():
 
 
 def test_what_is_refused():
-    energy = ebm.NoiseConditionalEnergy(jax.random.key(0), 1, LEVELS)
-    generator = ebm.DenoisingGenerator(jax.random.key(1), 1, LEVELS)
+    energy = ebm.NoiseConditionalEnergy(jax.random.key(0), 1, LEVELS, width=4, depth=1)
+    generator = ebm.DenoisingGenerator(jax.random.key(1), 1, LEVELS, width=4, depth=1)
 
     def fit(data, energy=energy, generator=generator):
         ebm.fit(jax.random.key(2), energy, data, ebm.AdversarialDiffusion(generator), num_steps=2, progress_bar=False)
