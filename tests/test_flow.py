@@ -138,6 +138,7 @@ def test_log_z_of_a_flow_and_its_error(name):
     assert np.mean(np.abs(scores) < 2) >= 0.5  # 93 % are expected
 
 
+@pytest.mark.slow
 def test_smc_from_a_flow():
     reference, _ = trained("regression", 0)
     draws = smc.run(jax.random.key(2), reference, SMALL, num_runs=20, progress_bar=False)
@@ -158,6 +159,7 @@ def test_fitted_reference_with_a_flow_tells_and_counts_it():
     assert abs(with_flow.value - problem.log_z) < t_limit(1, BLOCKS - 1) * with_flow.std_error
 
 
+@pytest.mark.slow
 def test_in_single_precision(run_in_float32):
     printed = run_in_float32(
         """

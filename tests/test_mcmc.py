@@ -19,12 +19,21 @@ NUM_SAMPLES = {"MALA": 2_000, "HMC": 1_000}
 """Of each chain: for MALA a draw is one leapfrog step, for HMC about two on the easier problems."""
 PAIRS = [(sampler, name) for name, problem in PROBLEMS.items() for sampler in CHAINS if sampler in problem.samplers]
 NUM_SCORES = sum(2 * np.size(mean) for _, name in PAIRS for mean in PROBLEMS[name].means.values())
+ALIKE = {"beta_binomial", "gamma_poisson", "absolute_loss", "dynamic_support", "correlation", "constant_partition"}
+"""Left to the slow tests where the sampler is another than NUTS: to a kernel a model is its log density."""
 SEEDS = range(3)
 ENOUGH = 400
 """Effective draws below which an error estimate, and so a score, means little (Vehtari et al. 2021)."""
 
 
-@pytest.mark.parametrize(("sampler", "name"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+def is_alike(sampler, name):
+    return name in ALIKE and sampler != "NUTS"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name"),
+    [pytest.param(*pair, id="-".join(pair), marks=[pytest.mark.slow] if is_alike(*pair) else []) for pair in PAIRS],
+)
 def test_moments(sampler, name):
     """Means and variances against the truth, in Monte Carlo standard errors of all chains of all seeds."""
     problem = PROBLEMS[name]

@@ -196,6 +196,7 @@ def test_refusals_name_the_remedy():
         ebm.sequential_evidence(jax.random.key(0), made("improper"))
 
 
+@pytest.mark.slow
 def test_chunks_change_rounding_only():
     target = PROBLEMS["normal_mean"].target()
     whole, in_chunks = (

@@ -30,6 +30,7 @@ KNOWN = [name for name, problem in PROBLEMS.items() if "SMC" in problem.samplers
 ALIKE = {
     *("beta_binomial", "gamma_poisson", "absolute_loss", "dynamic_support", "correlation", "tilted_prior"),
     *("dirichlet_multinomial", "constant_partition", "quartic", "eight_schools"),
+    *("enumerated", "double_well", "correlated_box"),
 }
 """Left to the slow tests: to SMC a model is its energies and draws of its reference, which `test_target.py` and the
 chains of `test_mcmc.py` check for these as well, and what is then done with them is the same as for the others."""
@@ -379,7 +380,9 @@ def test_particles_move_independently():
         assert len(moved) > 0.95 * len(run)
 
 
-@pytest.mark.parametrize("kernel", [ebm.MALA(), ebm.MCLMC()], ids=["MALA", "MCLMC"])
+@pytest.mark.parametrize(
+    "kernel", [ebm.MALA(), pytest.param(ebm.MCLMC(), marks=pytest.mark.slow)], ids=["MALA", "MCLMC"]
+)
 def test_other_kernels(kernel):
     problem = PROBLEMS["regression"]
     sampler = ebm.SMC(kernel=kernel, num_moves=10 if kernel.name == "MALA" else 3)
@@ -389,7 +392,8 @@ def test_other_kernels(kernel):
     assert low < np.sum(scores**2) < high
 
 
-@pytest.mark.parametrize("name", ["three_roles", pytest.param("mixture", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["three_roles", "mixture"])
 def test_moves_that_jump(name):
     """The same promises by an independence sampler: two modes that overlap, and two phases."""
     check_runs(name, INDEPENDENCE, NUM_RUNS)

@@ -175,6 +175,7 @@ def bound_of(generator, energy, base):
     return mean_and_error(h - jax.vmap(Density(energy, base, base.event_shape).total)(x))
 
 
+@pytest.mark.slow
 def test_two_modes_are_learned_against_a_flow():
     """Within .03 nats of the best, with a bound that is tight."""
     fitted, flow = trained("flow", 1200, 3e-3, two_modes(10_000), BASE)

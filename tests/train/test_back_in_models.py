@@ -38,7 +38,7 @@ def as_prior(energy, seen):
     numpyro.sample("seen", dist.Normal(x[0], NOISE), obs=seen)
 
 
-@pytest.mark.parametrize("model", [as_factor, as_prior])
+@pytest.mark.parametrize("model", [pytest.param(as_factor, marks=pytest.mark.slow), as_prior])
 def test_a_trained_energy_is_a_prior(model, energy):
     """Posterior mean and evidence by quadrature; the energy's own log Z is taken off."""
     log_prior = BASE.log_prob(GRID) - jax.vmap(energy)(GRID)
