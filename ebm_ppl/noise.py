@@ -49,6 +49,18 @@ def check_levels(levels: Sequence[float]) -> None:
         raise EnergyError(f"Levels of noise are positive standard deviations, smallest first; got {levels}.")
 
 
+def check_chain(levels: Sequence[float]) -> None:
+    """Refuses levels between which there is no step."""
+    check_levels(levels)
+    if len(levels) < 2:
+        raise EnergyError(f"A chain of noise has two levels at least; got {levels}.")
+
+
+def variance_between(sigma: Array, above: Array) -> Array:
+    """Of the noise from one level to a higher one; as a difference of squares rounding could make it negative."""
+    return (above - sigma) * (above + sigma)
+
+
 class NoiseConditionalEnergy(Energy):
     """A network of a point and its level of noise, about the energy of a normal distribution.
 

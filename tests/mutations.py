@@ -1278,7 +1278,7 @@ MUTATIONS = (
     Mutation(
         "recovery with the noise of a level for that between levels",
         "train/recovery.py",
-        "spreads = jnp.sqrt(_variance_between(sigmas, levels[level + 1]))",
+        "spreads = jnp.sqrt(variance_between(sigmas, levels[level + 1]))",
         "spreads = levels[level + 1]",
         ("train/test_recovery.py::test_gradient_is_that_of_the_recovery_likelihood[MALA]",),
     ),

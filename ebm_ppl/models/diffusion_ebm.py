@@ -60,7 +60,7 @@ from jax.scipy.stats import norm
 
 from ebm_ppl.energy import quickened
 from ebm_ppl.kernels import MALA
-from ebm_ppl.noise import check_levels
+from ebm_ppl.noise import check_chain, variance_between
 from ebm_ppl.train.objective import (
     Density,
     Metrics,
@@ -71,8 +71,8 @@ from ebm_ppl.train.objective import (
     with_parameters,
     without_gradient,
 )
-from ebm_ppl.train.recovery import Conditional
-from ebm_ppl.train.walkers import Dynamics, walk
+from ebm_ppl.train.recovery import recovered
+from ebm_ppl.train.walkers import Dynamics
 from ebm_ppl.typing import Array, EnergyError, EnergyShapeError, PRNGKey, as_key
 
 if TYPE_CHECKING:
@@ -125,9 +125,9 @@ class DenoisingGenerator(eqx.Module):
         depth: int = 2,
         activation: Callable[[Array], Array] = jax.nn.silu,
     ):
-        check_levels(levels)
-        if len(levels) < 2 or not scale > 0:
-            raise EnergyError(f"A chain of noise has two levels at least, and scale is positive; got {levels, scale}.")
+        check_chain(levels)
+        if not scale > 0:
+            raise EnergyError(f"scale is the data's standard deviation, positive; got {scale}.")
         key_network, key_encoder = jax.random.split(key)
         latent_dim = dim if latent_dim is None else latent_dim
         network = eqx.nn.MLP(dim + latent_dim + 1, dim, width, depth, activation, key=key_network)
@@ -180,14 +180,14 @@ class DenoisingGenerator(eqx.Module):
     def _moments(self, level: Array) -> tuple[Array, Array, Array]:
         """c and t at y, and the share of y's noise that x_k has."""
         levels = jnp.asarray(self.levels, self.log_noise.dtype)
-        here, there = (_variance_between(levels[0], levels[k]) for k in (level, level + 1))
+        here, there = (variance_between(levels[0], levels[k]) for k in (level, level + 1))
         shrinkage = self.scale**2 / (self.scale**2 + there)
         return shrinkage, jnp.sqrt(shrinkage * there), here / there
 
     def _stepped(self, guess: Array, noise: Array, y: Array, level: Array) -> tuple[Array, Array]:
         """Mean and standard deviation of x_k, by those of a guess of the data."""
         levels, (_, _, share) = jnp.asarray(self.levels, y.dtype), self._moments(level)
-        variance = (1 - share) ** 2 * noise**2 + (1 - share) * _variance_between(levels[0], levels[level])
+        variance = (1 - share) ** 2 * noise**2 + (1 - share) * variance_between(levels[0], levels[level])
         return guess + share * (y - guess), jnp.broadcast_to(jnp.sqrt(variance), y.shape)
 
     def _seen(self, y: Array, level: Array) -> Array:
@@ -197,7 +197,7 @@ class DenoisingGenerator(eqx.Module):
                 f"A point has shape {y.shape}; the generator draws points of shape {self.log_noise.shape[1:]}."
             )
         levels = jnp.asarray(self.levels, y.dtype)
-        width = jnp.sqrt(self.scale**2 + _variance_between(levels[0], levels[level + 1]))
+        width = jnp.sqrt(self.scale**2 + variance_between(levels[0], levels[level + 1]))
         return jnp.append(y / width, 2 * level / max(len(self.levels) - 2, 1) - 1)
 
 
@@ -278,8 +278,8 @@ class AdversarialDiffusion(Objective):
 
         def one(level: Array, x: Array, here: PRNGKey, there: PRNGKey, of_draw: PRNGKey, of_bound: PRNGKey) -> Any:
             sigma = levels[level]
-            step = _variance_between(sigma, levels[level + 1])
-            added = jnp.sqrt(_variance_between(levels[0], sigma))
+            step = variance_between(sigma, levels[level + 1])
+            added = jnp.sqrt(variance_between(levels[0], sigma))
             x = x + added * jax.random.normal(here, x.shape, x.dtype)
             y = x + jnp.sqrt(step) * jax.random.normal(there, x.shape, x.dtype)
             total = density.at(sigma).total
@@ -366,9 +366,8 @@ def _denoise(
         x, _ = generator.draw(key_draw, y, level)
         if not is_moved:
             return x
-        spread = jnp.sqrt(_variance_between(levels[level], levels[level + 1]))
-        conditional = Conditional(density.at(levels[level]), y, spread)
-        return walk(key_moves, x[None], conditional, dynamics, step_size, spread)[0][0]
+        spread = jnp.sqrt(variance_between(levels[level], levels[level + 1]))
+        return recovered(key_moves, density, levels[level], x, y, spread, dynamics, step_size)[0]
 
     def down(points: Array, given: Any) -> tuple[Array, None]:
         key, level = given
@@ -383,8 +382,3 @@ def _denoise(
 def _flat(x: Array) -> Array:
     """Of no energy."""
     return jnp.zeros((), x.dtype)
-
-
-def _variance_between(sigma: Array, above: Array) -> Array:
-    """Of the noise from one level to a higher one; as a difference of squares rounding could make it negative."""
-    return (above - sigma) * (above + sigma)

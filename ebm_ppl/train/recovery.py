@@ -32,10 +32,10 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 
 from ebm_ppl.kernels import Langevin
-from ebm_ppl.noise import check_levels
+from ebm_ppl.noise import check_chain, variance_between
 from ebm_ppl.train.objective import Density, Metrics, Objective, density_from_start, require_levels
 from ebm_ppl.train.walkers import Dynamics, next_step_size, walk
-from ebm_ppl.typing import Array, EnergyError, PRNGKey, as_key
+from ebm_ppl.typing import Array, PRNGKey, as_key
 
 MOVES = Dynamics(Langevin(), 20, 0.1)
 """At each level."""
@@ -77,7 +77,7 @@ class RecoveryLikelihood(Objective):
     is_continuous = True
 
     def __check_init__(self):
-        _check_chain(self.levels)
+        check_chain(self.levels)
 
     def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
         require_levels(density, self.levels, data)
@@ -90,13 +90,13 @@ class RecoveryLikelihood(Objective):
         levels = jnp.asarray(self.levels, batch.dtype)
         level = jax.random.randint(key_level, (len(batch),), 0, len(levels) - 1)
         sigmas = levels[level]
-        spreads = jnp.sqrt(_variance_between(sigmas, levels[level + 1]))
-        added = jnp.sqrt(_variance_between(levels[0], sigmas))[:, None]
+        spreads = jnp.sqrt(variance_between(sigmas, levels[level + 1]))
+        added = jnp.sqrt(variance_between(levels[0], sigmas))[:, None]
         x = batch + added * jax.random.normal(key_here, batch.shape, batch.dtype)
         y = x + spreads[:, None] * jax.random.normal(key_there, batch.shape, batch.dtype)
         keys = jax.random.split(key_walk, len(batch))
-        negatives, accepted = jax.vmap(_recovered, (0, None, 0, 0, 0, None, None))(
-            keys, density, sigmas, y, spreads, self.dynamics, state
+        negatives, accepted = jax.vmap(recovered, (0, None, 0, 0, 0, 0, None, None))(
+            keys, density, sigmas, y, y, spreads, self.dynamics, state
         )
         negatives, accepted = jax.lax.stop_gradient(negatives), jnp.mean(accepted)
         gap = jnp.mean(jax.vmap(lambda sigma, x, other: _gap(density.at(sigma), x, other))(sigmas, x, negatives))
@@ -131,7 +131,7 @@ def recover(
 
     Reference: Gao, Song, Poole, Wu and Kingma (2021).
     """
-    _check_chain(levels)
+    check_chain(levels)
     density = density_from_start(energy, base, start, num)
     return _recover(as_key(key), density, jnp.asarray(levels), start, num, dynamics)
 
@@ -144,10 +144,10 @@ def _recover(key: PRNGKey, density: Density, levels: Array, start: Any, num: int
 
     def down(y: Array, given: Any) -> tuple[Array, None]:
         key, sigma, above = given
-        spread = jnp.sqrt(_variance_between(sigma, above))
+        spread = jnp.sqrt(variance_between(sigma, above))
         keys = jax.random.split(key, num)
-        x, _ = jax.vmap(_recovered, (0, None, None, 0, None, None, None))(
-            keys, density, sigma, y, spread, dynamics, step_size
+        x, _ = jax.vmap(recovered, (0, None, None, 0, 0, None, None, None))(
+            keys, density, sigma, y, y, spread, dynamics, step_size
         )
         return x, None
 
@@ -156,24 +156,20 @@ def _recover(key: PRNGKey, density: Density, levels: Array, start: Any, num: int
     return points.reshape(num, *density.event_shape)
 
 
-def _recovered(
-    key: PRNGKey, density: Density, sigma: Array, y: Array, spread: Array, dynamics: Dynamics, step_size: Array
+def recovered(
+    key: PRNGKey,
+    density: Density,
+    sigma: Array,
+    start: Array,
+    y: Array,
+    spread: Array,
+    dynamics: Dynamics,
+    step_size: Array,
 ) -> tuple[Array, Array]:
-    """A point of p(x | y) at a level, by a run that starts at y, and its acceptance rate."""
-    points, accepted = walk(key, y[None], Conditional(density.at(sigma), y, spread), dynamics, step_size, spread)
+    """A point of p(x | y) at a level, by a run from the start, and its acceptance rate."""
+    points, accepted = walk(key, start[None], Conditional(density.at(sigma), y, spread), dynamics, step_size, spread)
     return points[0], accepted
-
-
-def _variance_between(sigma: Array, above: Array) -> Array:
-    """Of the noise from one level to a higher one; as a difference of squares rounding could make it negative."""
-    return (above - sigma) * (above + sigma)
 
 
 def _gap(density: Density, x: Array, other: Array) -> Array:
     return density.tilt(x) - density.tilt(other)
-
-
-def _check_chain(levels: Sequence[float]) -> None:
-    check_levels(levels)
-    if len(levels) < 2:
-        raise EnergyError(f"A chain of noise has two levels at least; got {levels}.")
