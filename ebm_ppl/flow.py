@@ -58,7 +58,7 @@ RATE = 3e-3
 LARGEST_GRADIENT = 10.0
 """Norm at which a gradient is cut off: a draw that fell off a cliff is not to end the training."""
 STEEPEST = 1e6
-"""At which the slope of a draw is cut off, for the same reason: squares of larger ones may be beyond its numbers."""
+"""At which the slope of a draw is cut off, for the same reason: the square of a larger one may overflow."""
 MOST_FAULTS = 1_000_000
 """Steps without a finite gradient that are left out: all."""
 

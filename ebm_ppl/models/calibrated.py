@@ -103,10 +103,14 @@ class Calibration(eqx.Module):
         left = 1 - jnp.arange(1, self.num + 1, dtype=start.dtype) / self.num
         return jax.lax.scan(move, start, (jax.random.split(key, self.num), left))[0]
 
-    def distance(self, key: PRNGKey, start: Array, slope: Callable[[Array], Array]) -> tuple[Array, Array]:
-        """x_K, and C, whose gradient pulls the start after it."""
+    def constrained(
+        self, key: PRNGKey, start: Array, slope: Callable[[Array], Array], weight: Array
+    ) -> tuple[Array, Array, Array, Metrics]:
+        """x_K; l C, whose gradient pulls the start after it; l after the step; and what the record has."""
         moved = self.moved(key, start, slope)
-        return moved, jnp.mean(jnp.sum((start - moved) ** 2, axis=1))
+        distance = jnp.mean(jnp.sum((start - moved) ** 2, axis=1))
+        told = {"distance": distance, "weight": weight}
+        return moved, weight * distance, self.next_weight(weight, distance), told
 
     def next_weight(self, weight: Array, distance: Array) -> Array:
         """l after a step."""
@@ -123,7 +127,20 @@ class State(NamedTuple):
     """Of the model's own objective."""
 
 
-class Calibrated(Objective):
+class _Calibrating(Objective):
+    """What a calibration adds to an objective of the model's own."""
+
+    objective: Objective
+    is_comparable = False
+
+    def check(self, data: Array) -> None:
+        self.objective.check(data)
+
+    def preview(self, density: Density, x: Array) -> Array:
+        return self.objective.preview(density, x)
+
+
+class Calibrated(_Calibrating):
     """A generator trained by an objective of its own, and calibrated by an energy that is trained beside it.
 
     The record has `distance`, C, its `weight`, and the `energy_gap`.
@@ -143,15 +160,13 @@ class Calibrated(Objective):
         >>> fitted.energy.sample(jax.random.key(2), 100), objective.trained(fitted.parameters)
     """
 
-    objective: Objective
     energy: Any
     calibration: Calibration = Calibration()
     name = "calibrated"
-    is_comparable = False
     is_continuous = True
 
     def preview(self, density: Density, x: Array) -> Array:
-        return self.objective.preview(density, x) + self.energy(x.reshape(density.event_shape))
+        return super().preview(density, x) + self.energy(x.reshape(density.event_shape))
 
     def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
         own, state = self.objective.init(key, density, data)
@@ -169,11 +184,10 @@ class Calibrated(Objective):
         energy = Density(self.trained(parameters), None, density.event_shape)
         fixed = without_gradient(energy)
         made = _made(density.energy, key_draws, len(batch)).reshape(len(batch), -1)
-        moved, distance = self.calibration.distance(key_moves, made, jax.vmap(jax.grad(fixed.tilt)))
+        slope = jax.vmap(jax.grad(fixed.tilt))
+        moved, pull, weight, of_moves = self.calibration.constrained(key_moves, made, slope, state.weight)
         of_energy, gap = energy_gap(energy, batch, moved)
-        told = told | {"distance": distance, "weight": state.weight, "energy_gap": gap}
-        weight = self.calibration.next_weight(state.weight, distance)
-        return of_model + state.weight * distance + of_energy, (State(weight, own), told)
+        return of_model + pull + of_energy, (State(weight, own), told | of_moves | {"energy_gap": gap})
 
 
 def _made(model: Any, key: PRNGKey, num: int) -> Array:
@@ -188,7 +202,7 @@ def _made(model: Any, key: PRNGKey, num: int) -> Array:
     return model.given(model.base.sample(key, (num,))).mean  # pyright: ignore
 
 
-class CalibratedGuess(Objective):
+class CalibratedGuess(_Calibrating):
     """A VAE whose encoder's draws are moved down the energy of the posterior, -log p(x, z), and which follows them.
 
     Args:
@@ -199,13 +213,8 @@ class CalibratedGuess(Objective):
     Reference: Luo et al. (2024).
     """
 
-    objective: Objective
     calibration: Calibration = Calibration(step_size=0.01, noise=0.02**0.5)
     name = "calibrated guess"
-    is_comparable = False
-
-    def preview(self, density: Density, x: Array) -> Array:
-        return self.objective.preview(density, x)
 
     def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
         own, state = self.objective.init(key, density, data)
@@ -220,10 +229,8 @@ class CalibratedGuess(Objective):
         fixed, x = without_gradient(model), batch.reshape(-1, *density.event_shape)
         guessed = model.posterior_guess(x).sample(key_draws)
         slope = jax.grad(lambda z: jnp.sum(fixed.joint_energy(x, z)))
-        distance = self.calibration.distance(key_moves, guessed, slope)[1]
-        weight = self.calibration.next_weight(state.weight, distance)
-        told = told | {"distance": distance, "weight": state.weight}
-        return of_model + state.weight * distance, (State(weight, own), told)
+        _, pull, weight, of_moves = self.calibration.constrained(key_moves, guessed, slope, state.weight)
+        return of_model + pull, (State(weight, own), told | of_moves)
 
 
 class LinearOperator(eqx.Module):
@@ -256,12 +263,7 @@ class LinearOperator(eqx.Module):
         return self.left @ (self.values * (self.right @ x.ravel()))
 
 
-def restoration(
-    model: LatentModel,
-    operator: LinearOperator,
-    observed: Array,
-    noise: float,
-) -> None:
+def restoration(model: LatentModel, operator: LinearOperator, observed: Array, noise: float) -> None:
     """A NumPyro program of an event of which `observed = A x + noise e` is known; sites `z`, `x`, and U' y as `y`.
 
     Nothing is trained for the operator. Under `ebm_ppl.sample` the posterior of `x` is that of the restored event: its

@@ -228,12 +228,12 @@ def _batches(given: Given, step: int, num: int) -> Array:
     NumPy's shuffle takes a fraction of the time of a sort by random numbers, which is what JAX has.
     """
     size, seed = given.batch_size, np.asarray(jax.random.key_data(given.key)).tolist()
+    per_epoch = len(given.data) // size
 
     def epoch(number: int) -> np.ndarray:
         order = np.random.default_rng([*seed, number]).permutation(len(given.data)).astype(np.int32)
-        return order[: len(order) // size * size].reshape(-1, size)
+        return order[: per_epoch * size].reshape(per_epoch, size)
 
-    per_epoch = len(given.data) // size
     first, place = divmod(step, per_epoch)
     last = (step + num - 1) // per_epoch
     return jnp.asarray(np.concatenate([epoch(number) for number in range(first, last + 1)])[place : place + num])

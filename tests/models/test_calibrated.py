@@ -179,6 +179,17 @@ def test_what_cannot_be_calibrated_is_refused():
             ebm.Calibration(**settings)
 
 
+def test_data_that_the_models_own_objective_refuses_are_refused():
+    class Positive(Nothing):
+        def check(self, data):
+            if np.any(data < 0):
+                raise ebm.EnergyError("positive numbers only")
+
+    for objective in (ebm.Calibrated(Positive(), Bowl(jnp.zeros(4))), ebm.CalibratedGuess(Positive())):
+        with pytest.raises(ebm.EnergyError, match="positive numbers only"):
+            ebm.fit(KEY, linear_gaussian(), -np.ones((8, 4)), objective, num_steps=1, progress_bar=False)
+
+
 def test_an_energy_that_is_not_a_number_is_told():
     nothing = lambda x: jnp.sum(x) * jnp.nan  # noqa: E731
     with pytest.raises(ebm.NonFiniteEnergyError):
