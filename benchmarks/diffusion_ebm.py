@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import critic
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,9 +38,8 @@ from densities import DENSITIES, HALF_WIDTH, Density, UnboundedError, log_partit
 
 import ebm_ppl as ebm
 
-SPREAD, SCALE, GOOD = 2.8, 0.05 / 2.8, 4.0
-SIDE = 2.0 * np.arange(-2, 3) / SPREAD
-CENTRES = np.stack(np.meshgrid(SIDE, SIDE), axis=-1).reshape(-1, 2)
+SPREAD = 2.8
+CENTRES, SCALE = critic.CENTRES / SPREAD, critic.SCALE / SPREAD
 MODES = "25 Gaussians"
 STEPS = {MODES: 16_000, "pinwheel": 4000, "swiss roll": 4000}
 LEVELS = 0.1, 0.13, 0.22, 0.5, 1.2, 2.5
@@ -102,7 +102,7 @@ def trained(method: str, data: np.ndarray, seed: int, num_steps: int) -> tuple[A
 def quality(name: str, density: Density, x: np.ndarray) -> str:
     """Modes and share within, as cells."""
     if name == MODES:
-        weight = ebm.mode_weights(x, CENTRES, within=GOOD * SCALE).weight
+        weight = ebm.mode_weights(x, CENTRES, within=critic.GOOD * SCALE).weight
         return f"{np.sum(weight > 0)} | {np.sum(weight):.3f}"
     data = density.sample(np.random.default_rng(10**6 + 1), 100_000)
     least = np.quantile(density.log_density(data), 1e-3)

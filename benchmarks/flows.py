@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +30,7 @@ from flowjax.flows import coupling_flow, masked_autoregressive_flow
 from flowjax.train import fit_to_data
 from flowjax.train.losses import MaximumLikelihoodLoss
 from jax.scipy.special import logsumexp
+from records import timed
 
 import ebm_ppl as ebm
 
@@ -49,14 +49,6 @@ MODES = {
     "25 Gaussians": (np.stack(np.meshgrid(SIDE, SIDE), axis=-1).reshape(-1, 2), 0.1, np.full(25, 1 / 25)),
     "two modes": (np.array([[-10.0, 0.0], [6.0, 0.0]]), 1.0, np.array([0.25, 0.75])),
 }
-
-
-def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Of the processor, and what the work returned, after it has been done once to compile it."""
-    work()
-    start = time.process_time()
-    found = work()
-    return time.process_time() - start, found
 
 
 def likelihood(seed: int) -> None:
@@ -79,7 +71,8 @@ def likelihood(seed: int) -> None:
             ).energy.flow
 
         for trainer, work in {"flowjax": theirs, "ebm_ppl": ours}.items():
-            spent, fitted = seconds(work)
+            work()  # to compile it
+            spent, fitted = timed(work)
             value = float(jnp.mean(fitted.log_prob(test)))
             print(f"| {name} | {trainer} | {seed} | {value:.4f} | {EPOCHS * each / spent:.0f} |")
             sys.stdout.flush()

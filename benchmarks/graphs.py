@@ -27,7 +27,6 @@ sparse products alone: ten, of the same 15 columns.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.sparse
-from records import as_header, as_row
+from records import as_header, as_row, timed
 
 import ebm_ppl as ebm
 from ebm_ppl.models.graph_ebm import SCALES
@@ -204,14 +203,9 @@ def print_shifts(seeds: list[int]) -> None:
         print(row(f"calibration error of {name}", [each.calibration for each in runs], name))
 
 
-def seconds(function: Callable[[], Any], num: int = 5) -> float:
-    """Median processor time."""
-    times = []
-    for _ in range(num):
-        start = time.process_time()
-        jax.block_until_ready(function())
-        times.append(time.process_time() - start)
-    return float(np.median(times))
+def seconds(work: Callable[[], Any]) -> float:
+    """Of the processor, median of five."""
+    return float(np.median([timed(work)[0] for _ in range(5)]))
 
 
 def print_large(num_nodes: int = 100_000, num_edges: int = 1_000_000) -> None:
@@ -221,9 +215,8 @@ def print_large(num_nodes: int = 100_000, num_edges: int = 1_000_000) -> None:
     label = rng.integers(CLASSES, size=num_nodes)
     embeddings = rng.normal(label[:, None], 1, (num_nodes, HIDDEN)).astype(np.float32)
     logits = (5 * np.eye(CLASSES)[label] + rng.normal(size=(num_nodes, CLASSES))).astype(np.float32)
-    first = seconds(lambda: ebm.fit_graph_energy(logits, embeddings, label), 1)
-    fitted = ebm.fit_graph_energy(logits, embeddings, label)
-    compiled = seconds(lambda: fitted.scores(logits, embeddings, edges), 1)
+    first, fitted = timed(lambda: ebm.fit_graph_energy(logits, embeddings, label))
+    compiled, _ = timed(lambda: fitted.scores(logits, embeddings, edges))
     ours = seconds(lambda: fitted.scores(logits, embeddings, edges))
     columns = rng.normal(size=(num_nodes, 2 * CLASSES + 1)).astype(np.float32)
     adjacency = scipy.sparse.csr_array((np.ones(2 * num_edges, np.float32), tuple(edges)), shape=(num_nodes,) * 2)

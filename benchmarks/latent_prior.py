@@ -44,13 +44,17 @@ OBJECTIVES = {
 
 
 def digits(pixels: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images, those to be trained on first, and their labels."""
+    """Images, those to be trained on first, and their labels: of bits, of grey with noise, or of shades without."""
     rng = np.random.default_rng(seed)
     images, labels = mnist_data()
     order = rng.permutation(len(images))
     images = images[order].reshape(-1, 28, 28)
-    grey = images / 255 + NOISE * rng.normal(size=images.shape)
-    return (images > 127 if pixels == "bits" else grey).astype(np.float32), labels[order]
+    kinds = {
+        "bits": images > 127,
+        "grey": images / 255 + NOISE * rng.normal(size=images.shape),
+        "shades": images / 255,
+    }
+    return kinds[pixels].astype(np.float32), labels[order]
 
 
 def classifier_features(images: np.ndarray, labels: np.ndarray) -> Callable[[Any], np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,6 +51,15 @@ def run_or_read(
     if not options.read:
         run_all(options, records)
     print_tables(records)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of the processor, and what the work returned."""
+    import jax  # here, since tools without JAX read this file, too
+
+    start = time.process_time()
+    found = jax.block_until_ready(work())
+    return time.process_time() - start, found
 
 
 def versions(packages: tuple[str, ...]) -> str:

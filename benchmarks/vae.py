@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -29,6 +29,7 @@ import optax
 from latent_prior import TRAINED, digits
 from numpyro.contrib.module import eqx_module
 from numpyro.infer import SVI, Trace_ELBO
+from records import timed
 
 import ebm_ppl as ebm
 
@@ -131,20 +132,14 @@ def main() -> None:
         rates: dict[str, list[float]] = {name: [] for name in trainers}
         for _ in range(options.turns):
             for name, train in trainers.items():
-                short, long = (seconds(train, key_train, epochs) for epochs in (options.epochs // 2, options.epochs))
-                rates[name].append((options.epochs - options.epochs // 2) * EPOCH / (long - short))
+                half = options.epochs // 2
+                short, long = (timed(partial(train, key_train, epochs))[0] for epochs in (half, options.epochs))
+                rates[name].append((options.epochs - half) * EPOCH / (long - short))
         for name in trainers:
             ratio = np.median(np.array(rates["ebm.fit"]) / rates[name])
             value = float(bound(key_bound, fitted[name], jnp.asarray(held_out)))
             print(f"| {seed} | {name} | {np.median(rates[name]):.0f} | {ratio:.2f} | {value:.2f} |")
             sys.stdout.flush()
-
-
-def seconds(train: Callable[[Any, int], Any], key: Any, epochs: int) -> float:
-    """Of the processor."""
-    start = time.process_time()
-    jax.block_until_ready(train(key, epochs))
-    return time.process_time() - start
 
 
 if __name__ == "__main__":
