@@ -9,7 +9,7 @@
 # ---
 
 # %% [markdown]
-# # Can my VAE draw sharper digits at no cost, and mend damaged ones?
+# # Can my VAE draw better digits at no cost, and mend damaged ones?
 #
 # A VAE is trained to take data to latents and back. It never sees what it makes of a latent that no datum is near, and
 # what it makes there is blurred. An energy that is trained beside it can tell: draws of the decoder are moved down the
@@ -80,7 +80,7 @@ figure.savefig(OUT / "calibrated_vae_training.png", dpi=120)
 
 # %%
 made = {name: each.given(each.sample_latents(jax.random.key(3), 1000)).mean for name, each in models.items()}
-sheet = np.concatenate([made["plain"][:20], made["calibrated"][:20], kept[:20]])
+sheet = np.clip(np.concatenate([made["plain"][:20], made["calibrated"][:20], kept[:20]]), 0, 1)
 rows = ["plain", "", "calibrated", "", "data", ""]
 ebm.plot_images(sheet, num_columns=10, rows=rows).savefig(OUT / "calibrated_vae_draws.png", dpi=120)
 
@@ -97,6 +97,9 @@ for name, run in runs.items():
     print(f"{name}: Frechet distance {distance:.2f}, bound of log p(x) {bound:.0f} nats")
 
 # %% [markdown]
+# Less than half as far (4.9 and 2.1), at 4 nats of the bound of 615. To the eye it is a step and not a leap: strokes
+# are darker and more of them end where they should, but many draws of either model are no digit.
+#
 # ## Damaged digits
 #
 # Digits that were not trained on are damaged in three ways: three pixels of four are lost; the resolution falls to
@@ -159,6 +162,12 @@ for name in list(DAMAGES)[:NUM_DAMAGES]:
     print(f"{name:14s}{told}")
 
 # %%
-sheet = np.stack([each for name in list(DAMAGES)[:NUM_DAMAGES] for each in results[name, 0].values()])
+sheet = np.clip([each for name in list(DAMAGES)[:NUM_DAMAGES] for each in results[name, 0].values()], 0, 1)
 figure = ebm.plot_images(sheet, num_columns=6, rows=list(DAMAGES)[:NUM_DAMAGES])
 figure.savefig(OUT / "calibrated_vae_mended.png", dpi=120)
+
+# %% [markdown]
+# From the left: the truth, what is left of it, and the four ways of the table. With the plain VAE as prior errors are
+# half to seven tenths of those of interpolation: .10 for .15 where pixels are lost, .11 for .21 at 7 x 7, .12 for .20
+# in noise (four digits). The calibration does not help here (.110, .129 and .120, ± .004 to .015), and neither does the
+# energy. Perhaps since it is for latents that no datum is near, which a digit that was seen in part rules out.
