@@ -108,10 +108,10 @@ class NoiseConditionalEnergy(Energy):
         """The energy of data with noise of standard deviation sigma."""
         return EnergyAtNoise(self, jnp.asarray(sigma))
 
-    def reference(self, sigma: float) -> dist.Distribution:
+    def reference(self, sigma: ArrayLike) -> dist.Distribution:
         """N(0, s^2 + sigma^2): about what data are at the widest level, where annealing starts."""
         dim = self.network.layers[0].weight.shape[1] - 1
-        return dist.Normal(0.0, np.hypot(self.scale, sigma)).expand([dim]).to_event(1)
+        return dist.Normal(0.0, jnp.hypot(self.scale, sigma)).expand([dim]).to_event(1)
 
     def __call__(self, x: Array) -> Array:
         return self.at(self.levels[0])(x)

@@ -17,6 +17,8 @@ from ebm_ppl.typing import Array, ArrayLike, EnergyError, EnergyShapeError, Ener
 
 OF_PRIOR = "prior_"
 """What comes before the name of a metric of the objective that trains a latent prior."""
+OF_MARGINAL = "marginal_"
+"""The same, of the objective that trains a density beside its conditionals."""
 MOST_GAP = 10.0
 """Nats for each dimension between the energies of walkers and of data, beyond which walkers are not draws of a model
 that has anything to do with the data. That of a model that fits is about zero."""
@@ -109,11 +111,15 @@ def check_finite(metrics: dict[str, np.ndarray], before: int, objective: Objecti
 
 def warn_of_doubts(metrics: dict[str, np.ndarray], dim: int, objective: Objective) -> None:
     """Tells of walkers, or of a base, that have lost the model at the end of training, by the record of its steps."""
-    # What is said of a latent prior is said of its own walkers.
-    metrics = {name.removeprefix(OF_PRIOR): each for name, each in metrics.items()}
-    for doubt in (_of_gap(metrics, dim), _of_drift(metrics), _of_few_draws(metrics)):
-        if doubt:
-            warnings.warn(f"At the end of training by {objective.name} {doubt}", EnergyWarning, stacklevel=3)
+    # What is said of a latent prior, or of the density beside conditionals, is said of its own walkers.
+    parts = {OF_PRIOR: {}, OF_MARGINAL: {}, "": {}}
+    for name, each in metrics.items():
+        prefix = next(prefix for prefix in parts if name.startswith(prefix))
+        parts[prefix][name.removeprefix(prefix)] = each
+    for part in parts.values():
+        for doubt in (_of_gap(part, dim), _of_drift(part), _of_few_draws(part)):
+            if doubt:
+                warnings.warn(f"At the end of training by {objective.name} {doubt}", EnergyWarning, stacklevel=3)
 
 
 def _at_end(values: np.ndarray) -> float:

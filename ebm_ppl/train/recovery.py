@@ -4,7 +4,8 @@
     y = x_k + d_k e'           d_k^2 = sigma_k+1^2 - sigma_k^2
     p(x_k | y) = exp(-V(x_k, sigma_k) - |y - x_k|^2 / 2 d_k^2) / Z(y)
 
-    grad log p(x_k | y) = -grad V(x_k) + E_p(.|y)[grad V]      by a few moves that start at y
+    grad log p(x_k | y) = -grad V(x_k) + E_p(.|y)[grad V]      by a few moves, which start at y, or where p(x_k | y)
+                                                               would be if p(x_k) were normal
 
 The forward process has exploding variance; Gao et al. write it with preserved variance, where y shrinks, which is the
 same up to a scale of each level. Near y the conditional density is close to normal with standard deviation d_k, so that
@@ -14,7 +15,11 @@ likelihood of the whole chain of noise given its end.
 What is left open: data stand at the smallest level with no noise added, so that `energy(x)`, at sigma_0, is that of
 the data themselves. It has no log Z here (`anneal`, or `ebm_ppl.log_z`), and is the density of the data only as far as
 conditionals tell: where modes lie further apart than d_0 no y comes from both, and their weights are known by the wider
-levels alone. Draws of the chain, `recover`, have them; the energy at the smallest level need not.
+levels alone; and of what lies further than d_0 from all data nothing is said at all. Draws of the chain, `recover`,
+have the weights and stay near; the energy at the smallest level need not. An objective of the density itself,
+`marginal`, tells it: persistent walkers, say, whose points are at that level and go wherever it is low. Adjusted moves
+go with it: unadjusted ones have the conditionals learn what makes up for their bias, which the density has not. Of the
+weights of modes that no walker crosses between, it tells no more than the wider levels do.
 
 References:
     Gao, Song, Poole, Wu and Kingma (2021), Learning energy-based models by diffusion recovery likelihood; Bengio, Yao,
@@ -23,19 +28,23 @@ References:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 
 from ebm_ppl.kernels import Langevin
 from ebm_ppl.noise import check_chain, variance_between
+from ebm_ppl.train.checks import OF_MARGINAL
 from ebm_ppl.train.objective import Density, Metrics, Objective, density_from_start, require_levels
 from ebm_ppl.train.walkers import Dynamics, next_step_size, walk
-from ebm_ppl.typing import Array, PRNGKey, as_key
+from ebm_ppl.typing import Array, EnergyError, EnergyWarning, PRNGKey, as_key
 
 MOVES = Dynamics(Langevin(), 20, 0.1)
 """At each level."""
@@ -55,6 +64,14 @@ class Conditional(eqx.Module):
         return self.density.log_density(x) - jnp.sum((self.y - x) ** 2) / (2 * self.spread**2)
 
 
+class State(NamedTuple):
+    """Of recovery likelihood."""
+
+    step_size: Array
+    marginal: Any
+    """Of the objective of the smallest level."""
+
+
 class RecoveryLikelihood(Objective):
     """Diffusion recovery likelihood, of a noise-conditional energy.
 
@@ -63,30 +80,51 @@ class RecoveryLikelihood(Objective):
     Args:
         levels: sigma_0, ..., sigma_T in units of the data, smallest first, as the energy has them; sigma_0 names the
             data as they are.
-        dynamics: the moves from y, with a step size in units of d_k, and of d_k^2 for `Langevin()`. That of an
-            adjusted kernel follows the acceptance of all levels: where an energy has grown so steep that walkers are
-            rejected they stay at y, and it grows steeper; low rates of learning keep it from that.
+        dynamics: the moves, with a step size in units of d_k, and of d_k^2 for `Langevin()`. That of an adjusted kernel
+            follows the acceptance of all levels: where an energy has grown so steep that walkers are rejected they
+            stay where they start, at y say, and it grows steeper; low rates of learning keep it from that.
+        moves_from: `"noisy"`, from y, or `"reference"`, from a draw of what y would say of x_k if the energy's own
+            `reference(sigma)`, a normal distribution, were all there is. Where it nearly is, d_k may be as wide as the
+            data, and a few levels do.
+        marginal: an objective by which the energy at the smallest level is trained, too, as the density that it is by
+            itself: `PersistentContrastiveDivergence()`, say. What it tells is in the record as `marginal_...`.
+        weight: of that.
+
+    Raises:
+        EnergyError: for levels that do not grow, or an energy that lacks what these need.
 
     Reference: Gao, Song, Poole, Wu and Kingma (2021).
     """
 
     levels: tuple[float, ...]
     dynamics: Dynamics = MOVES
+    moves_from: Literal["noisy", "reference"] = "noisy"
+    marginal: Objective | None = None
+    weight: float = 0.1
     name = "recovery likelihood"
     is_comparable = False
     is_continuous = True
 
     def __check_init__(self):
         check_chain(self.levels)
+        _check_moves(self.moves_from)
+        if not self.weight > 0:
+            raise EnergyError(f"weight is positive; got {self.weight}.")
+
+    def check(self, data: Array) -> None:
+        if self.marginal is not None:
+            self.marginal.check(data)
 
     def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
         require_levels(density, self.levels, data)
-        return (), jnp.asarray(self.dynamics.step_size, data.dtype)
+        _require_reference(density.energy, self.moves_from)
+        parameters, state = ((), ()) if self.marginal is None else self.marginal.init(key, density, data)
+        return parameters, State(jnp.asarray(self.dynamics.step_size, data.dtype), state)
 
     def loss(
         self, key: PRNGKey, density: Density, parameters: Any, state: Any, batch: Array
     ) -> tuple[Array, tuple[Any, Metrics]]:
-        key_level, key_here, key_there, key_walk = jax.random.split(key, 4)
+        key_level, key_here, key_there, key_walk, key_marginal = jax.random.split(key, 5)
         levels = jnp.asarray(self.levels, batch.dtype)
         level = jax.random.randint(key_level, (len(batch),), 0, len(levels) - 1)
         sigmas = levels[level]
@@ -94,14 +132,18 @@ class RecoveryLikelihood(Objective):
         added = jnp.sqrt(variance_between(levels[0], sigmas))[:, None]
         x = batch + added * jax.random.normal(key_here, batch.shape, batch.dtype)
         y = x + spreads[:, None] * jax.random.normal(key_there, batch.shape, batch.dtype)
+        step = _Step(density, self.dynamics, self.moves_from)
         keys = jax.random.split(key_walk, len(batch))
-        negatives, accepted = jax.vmap(recovered, (0, None, 0, 0, 0, 0, None, None))(
-            keys, density, sigmas, y, y, spreads, self.dynamics, state
-        )
+        negatives, accepted = jax.vmap(step, (0, 0, 0, 0, None))(keys, sigmas, y, spreads, state.step_size)
         negatives, accepted = jax.lax.stop_gradient(negatives), jnp.mean(accepted)
-        gap = jnp.mean(jax.vmap(lambda sigma, x, other: _gap(density.at(sigma), x, other))(sigmas, x, negatives))
-        metrics = {"energy_gap": -gap, "accept_rate": accepted, "step_size": state}
-        return gap, (next_step_size(state, accepted, self.dynamics), metrics)
+        loss = jnp.mean(jax.vmap(lambda sigma, x, other: _gap(density.at(sigma), x, other))(sigmas, x, negatives))
+        metrics = {"energy_gap": -loss, "accept_rate": accepted, "step_size": state.step_size}
+        of_marginal = state.marginal
+        if self.marginal is not None:
+            value, (of_marginal, told) = self.marginal.loss(key_marginal, density, parameters, of_marginal, batch)
+            loss = loss + self.weight * value
+            metrics |= {f"{OF_MARGINAL}{name}": each for name, each in told.items()}
+        return loss, (State(next_step_size(state.step_size, accepted, self.dynamics), of_marginal), metrics)
 
 
 def recover(
@@ -113,6 +155,7 @@ def recover(
     num: int = 1024,
     base: dist.Distribution | None = None,
     dynamics: Dynamics = MOVES,
+    moves_from: Literal["noisy", "reference"] = "noisy",
 ) -> Array:
     """Draws, shape (num, *event_shape), by walking the chain of noise down: x_k from p(x_k | x_k+1), for each k.
 
@@ -123,37 +166,89 @@ def recover(
             `energy.reference(levels[-1])`.
         num: of draws.
         base: as in `fit`.
-        dynamics: the moves at each level, in the units of `RecoveryLikelihood`; their step size stays as it is.
+        dynamics, moves_from: the moves at each level, as in `RecoveryLikelihood`; the step size stays as it is.
+
+    Draws that are not finite are warned of.
 
     Raises:
-        EnergyError: for levels that do not grow, fewer than two of them, or no draws.
+        EnergyError: for levels that do not grow, fewer than two of them, no draws, or an energy without a reference
+            where the moves start from it.
         EnergyShapeError: where start and base are not of the same single events.
 
     Reference: Gao, Song, Poole, Wu and Kingma (2021).
     """
     check_chain(levels)
+    _check_moves(moves_from)
+    _require_reference(energy, moves_from)
     density = density_from_start(energy, base, start, num)
-    return _recover(as_key(key), density, jnp.asarray(levels), start, num, dynamics)
+    draws = _recover(as_key(key), _Step(density, dynamics, moves_from), jnp.asarray(levels), start, num)
+    if not isinstance(draws, jax.core.Tracer):
+        _warn_of_bad(np.asarray(draws))
+    return draws
 
 
 @eqx.filter_jit
-def _recover(key: PRNGKey, density: Density, levels: Array, start: Any, num: int, dynamics: Dynamics) -> Array:
+def _recover(key: PRNGKey, step: _Step, levels: Array, start: Any, num: int) -> Array:
     key_start, key_levels = jax.random.split(key)
     points = start.sample(key_start, (num,)).reshape(num, -1)
-    step_size = jnp.asarray(dynamics.step_size, points.dtype)
+    step_size = jnp.asarray(step.dynamics.step_size, points.dtype)
 
     def down(y: Array, given: Any) -> tuple[Array, None]:
         key, sigma, above = given
         spread = jnp.sqrt(variance_between(sigma, above))
-        keys = jax.random.split(key, num)
-        x, _ = jax.vmap(recovered, (0, None, None, 0, 0, None, None, None))(
-            keys, density, sigma, y, y, spread, dynamics, step_size
-        )
+        x, _ = jax.vmap(step, (0, None, 0, None, None))(jax.random.split(key, num), sigma, y, spread, step_size)
         return x, None
 
     given = jax.random.split(key_levels, len(levels) - 1), levels[:-1], levels[1:]
     points, _ = jax.lax.scan(down, points, given, reverse=True)
-    return points.reshape(num, *density.event_shape)
+    return points.reshape(num, *step.density.event_shape)
+
+
+class _Step(eqx.Module):
+    """A step down the chain of noise, of one point."""
+
+    density: Density
+    dynamics: Dynamics
+    moves_from: str = eqx.field(static=True)
+
+    def __call__(self, key: PRNGKey, sigma: Array, y: Array, spread: Array, step_size: Array) -> tuple[Array, Array]:
+        key_start, key_walk = jax.random.split(key)
+        start = y
+        if self.moves_from == "reference":
+            start = _by_reference(key_start, self.density.energy, sigma, y, spread)
+        return recovered(key_walk, self.density, sigma, start, y, spread, self.dynamics, step_size)
+
+
+def _by_reference(key: PRNGKey, energy: Any, sigma: Array, y: Array, spread: Array) -> Array:
+    """A draw of x given y, if x were a draw of the energy's reference."""
+    reference = energy.reference(sigma)
+    mean, variance = (jnp.ravel(each).astype(y.dtype) for each in (reference.mean, reference.variance))
+    share = variance / (variance + spread**2)
+    return mean + share * (y - mean) + jnp.sqrt(share) * spread * jax.random.normal(key, y.shape, y.dtype)
+
+
+def _check_moves(moves_from: str) -> None:
+    if moves_from not in ("noisy", "reference"):
+        raise EnergyError(f"moves_from is 'noisy' or 'reference'; got {moves_from!r}.")
+
+
+def _require_reference(energy: Any, moves_from: str) -> None:
+    if moves_from == "reference" and not hasattr(energy, "reference"):
+        raise EnergyError(
+            f"{type(energy).__name__} has no reference(sigma) to move from, as NoiseConditionalEnergy has: "
+            "moves_from='noisy' needs none."
+        )
+
+
+def _warn_of_bad(draws: np.ndarray) -> None:
+    num_bad = np.sum(~np.isfinite(draws).reshape(len(draws), -1).all(axis=1))
+    if num_bad:
+        warnings.warn(
+            f"{num_bad} of {len(draws)} draws of the chain are not finite: the energy is not, or its slopes are too "
+            "steep for the moves. Smaller steps help, or more levels.",
+            EnergyWarning,
+            stacklevel=3,
+        )
 
 
 def recovered(
