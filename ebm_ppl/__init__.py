@@ -39,6 +39,7 @@ from ebm_ppl.models.diffusion_ebm import AdversarialDiffusion, DenoisingGenerato
 from ebm_ppl.models.flow_fit import FittedFlow, fit_flow_to
 from ebm_ppl.models.flow_model import FlowEncoder, FlowModel
 from ebm_ppl.models.graph_ebm import GraphEnergy, GraphScores, fit_graph_energy, gnnsafe, logit_energy
+from ebm_ppl.models.hierarchical import DiffusionPrior, hierarchical_vae
 from ebm_ppl.models.latent import LatentModel
 from ebm_ppl.models.likelihood import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood
 from ebm_ppl.models.tilt import calibrated, tilted, weigh_tilt
@@ -114,6 +115,7 @@ __all__ = [
     "DegenerateParticlesError",
     "DenoisingGenerator",
     "DenoisingScoreMatching",
+    "DiffusionPrior",
     "Dynamics",
     "Energy",
     "EnergyDiscrepancy",
@@ -196,6 +198,7 @@ __all__ = [
     "frechet_distance",
     "gnnsafe",
     "held_out_elpd",
+    "hierarchical_vae",
     "holm",
     "latent_diagnostics",
     "log_likelihood_bounds",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -117,7 +118,8 @@ class EnergyDistribution(dist.Distribution):
 
     Args:
         energy: callable on one event, in nats. A plain function, a lambda or an `equinox.Module`; use a module where
-            the distribution must pass through `jax.jit`, `lax.scan` or NumPyro's `scan`.
+            the distribution must pass through `jax.jit`, `lax.scan` or NumPyro's `scan`. One that has a method
+            `draw_tilted(key, num)`, of draws of base(x) exp(-U(x)), is drawn by it, at an inverse temperature of one.
         base: any normalised NumPyro distribution, a flow included.
         beta: inverse temperature, broadcastable with `base.batch_shape`.
         log_partition: `log Z` in nats for each element of the batch, where it is known in closed form or otherwise;
@@ -190,11 +192,14 @@ class EnergyDistribution(dist.Distribution):
         return self.base.enumerate_support(expand)
 
     def sample(self, key: PRNGKey | None, sample_shape: tuple[int, ...] = ()) -> Array:
+        shape = tuple(sample_shape) + self.batch_shape
+        draw = getattr(self.energy, "draw_tilted", None)
+        if key is not None and draw is not None and isinstance(self.beta, float) and self.beta == 1:
+            return draw(key, math.prod(shape)).reshape(shape + self.event_shape)
         if key is None or not self.has_enumerate_support or self.event_shape:
             # NumPyro's initialisation strategies fall back on exactly this exception.
             raise NotImplementedError
         values = self.enumerate_support()
-        shape = tuple(sample_shape) + self.batch_shape
         chosen = jax.random.categorical(key, self.log_prob(values), axis=0, shape=shape)
         values = jnp.broadcast_to(jnp.expand_dims(values, range(1, 1 + len(sample_shape))), (len(values), *shape))
         return jnp.take_along_axis(values, chosen[None], axis=0)[0]

@@ -24,7 +24,22 @@ NUM_OF_MOMENTS = 256
 """Draws that mean and variance are those of."""
 
 
-class FlowDistribution(dist.Distribution):
+class MomentsOfDraws(dist.Distribution):
+    """A distribution whose mean and variance have no closed form, and are those of draws by a key of their own."""
+
+    @property
+    def mean(self) -> Array:
+        return jnp.mean(self._draws(), axis=0)
+
+    @property
+    def variance(self) -> Array:
+        return jnp.var(self._draws(), axis=0)
+
+    def _draws(self) -> Array:
+        return jnp.asarray(self.sample(jax.random.key(0), (NUM_OF_MOMENTS,)))
+
+
+class FlowDistribution(MomentsOfDraws):
     """A flow of flowjax, or another of its distributions, as it is: its parameters are fixed, and part of the pytree.
 
     Args:
@@ -73,19 +88,6 @@ class FlowDistribution(dist.Distribution):
     @property
     def support(self) -> Any:
         return constraints.independent(constraints.real, len(self.event_shape))
-
-    @property
-    def mean(self) -> Array:
-        """Of draws by a key of its own, always the same: there is no closed form."""
-        return jnp.mean(self._draws(), axis=0)
-
-    @property
-    def variance(self) -> Array:
-        """Of the same draws."""
-        return jnp.var(self._draws(), axis=0)
-
-    def _draws(self) -> Array:
-        return self.sample(jax.random.key(0), (NUM_OF_MOMENTS,))
 
     def sample(self, key: PRNGKey | None, sample_shape: tuple[int, ...] = ()) -> Array:
         return self.flow.sample(key, sample_shape, self.condition)

@@ -1290,6 +1290,37 @@ MUTATIONS = (
         ("train/test_recovery.py::test_gradient_is_that_of_the_recovery_likelihood[MALA-noisy]",),
     ),
     Mutation(
+        "moves of recovery from a reference without the noise of its draws",
+        "train/recovery.py",
+        "+ jnp.sqrt(share) * spread * ",
+        "+ 0 * jnp.sqrt(share) * spread * ",
+        ("models/test_hierarchical.py::test_a_chain_of_what_is_its_reference_needs_no_moves",),
+    ),
+    Mutation(
+        "recovery without the weight of the density",
+        "train/recovery.py",
+        "loss + self.weight * value",
+        "loss + value",
+        ("models/test_hierarchical.py::test_the_gradient_of_the_density_is_added_with_its_weight",),
+    ),
+    Mutation(
+        "a prior by diffusion with its base twice",
+        "models/hierarchical.py",
+        "self.conditional(x) - x @ x / 2",
+        "self.conditional(x)",
+        ("models/test_hierarchical.py::test_the_prior_is_the_density_at_the_lowest_level",),
+    ),
+    Mutation(
+        "layers of a guess that do not see those above in its density",
+        "models/hierarchical.py",
+        "_moments(head, h, u[:start])",
+        "_moments(head, h, 0 * u[:start])",
+        (
+            "models/test_hierarchical.py::test_a_guess_is_a_density_and_its_draws_have_it",
+            "models/test_hierarchical.py::test_weights_of_the_guess_have_the_likelihood_as_their_mean",
+        ),
+    ),
+    Mutation(
         "a chain of recovery walked upwards",
         "train/recovery.py",
         "points, given, reverse=True)",

@@ -124,7 +124,14 @@ class LatentModel(eqx.Module):
         return EnergyDistribution(self.energy, self.base, log_partition=self.log_partition)
 
     def with_prior(self, energy: Callable[[Array], Array] | None, log_partition: float | None = None) -> LatentModel:
-        """The same model with another tilt of its base, or none."""
+        """The same model with another tilt of its base, or none.
+
+        Raises:
+            EnergyError: where an energy has a method `check_base` that refuses the model's.
+        """
+        check_base: Any = getattr(energy, "check_base", None)
+        if check_base is not None:
+            check_base(self.base)
         parts = (energy, log_partition)
         return eqx.tree_at(lambda model: (model.energy, model.log_partition), self, parts, is_leaf=lambda x: x is None)
 
@@ -147,10 +154,14 @@ class LatentModel(eqx.Module):
         """Draws of the prior, shape (num, latent_dim): exact where it has no energy, else by a sampler.
 
         Args:
-            sampler: of a tilted prior; `SMC()` with as many particles where None.
+            sampler: of a tilted prior. Where None, by the energy's own `draw_tilted(key, num)`, as `DiffusionPrior` has
+                it, or else by `SMC()` with as many particles.
         """
         if self.energy is None:
             return self.base.sample(key, (num,))  # pyright: ignore
+        draw: Any = getattr(self.energy, "draw_tilted", None)
+        if sampler is None and draw is not None:
+            return draw(key, num)
         sampler = SMC(num_particles=num + num % 2) if sampler is None else sampler
         tree = inference.sample(
             key, target(_prior_alone, self), sampler, num_chains=1, progress_bar=False, log_likelihood=False
