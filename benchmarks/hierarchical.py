@@ -27,17 +27,26 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro
-import optax
-from latent_prior import DRAWN, PRIOR_STEPS, TRAINED, VAE_STEPS, classifier_features, digits, falling
+from latent_prior import (
+    COPIES,
+    DRAWN,
+    PRIOR_STEPS,
+    TRAINED,
+    classifier_features,
+    digits,
+    encoded,
+    falling,
+    likelihood_of,
+    trained,
+)
 
 import ebm_ppl as ebm
 from ebm_ppl.train.objective import Density
 from ebm_ppl.train.walkers import walk
 
-LAYERS, LEVELS, NUM_MOVES, BATCH, COPIES = (8, 16), (0.1, 0.5, 1.5, 4.0), 20, 512, 5
+LAYERS, LEVELS, NUM_MOVES, BATCH = (8, 16), (0.1, 0.5, 1.5, 4.0), 20, 512
 DRAWING = NUM_MOVES * (len(LEVELS) - 1)
 """Moves for a draw of the chain."""
 MOVES = ebm.Dynamics(ebm.MALA(), NUM_MOVES, 0.5)
@@ -114,14 +123,6 @@ def priors(model: ebm.LatentModel, z: jax.Array, seed: int) -> Iterator[tuple[st
         yield name, "SMC", by_smc(tilted), seconds
 
 
-def trained(images: np.ndarray, pixels: str, seed: int) -> ebm.LatentModel:
-    shape = (28, 28)
-    likelihood = ebm.BernoulliLikelihood(shape) if pixels == "bits" else ebm.GaussianLikelihood(shape, scale=0.2)
-    model: Any = ebm.hierarchical_vae(jax.random.key(seed), LAYERS, likelihood)
-    how: dict[str, Any] = {"num_steps": VAE_STEPS, "optimiser": optax.adam(1e-3), "averaging": 0.99}
-    return ebm.fit(jax.random.key(seed + 1), model, images, ebm.EvidenceBound(), progress_bar=False, **how).energy
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pixels", nargs="+", default=["grey", "bits"], choices=["bits", "grey"])
@@ -135,11 +136,10 @@ def main() -> None:
             images, labels = digits(pixels, seed)
             images, kept = images[:TRAINED], images[TRAINED:]
             features = classifier_features(images, labels[:TRAINED])
-            model = trained(images, pixels, seed)
-            guess: Any = model.posterior_guess(jnp.asarray(np.tile(images, (COPIES, 1, 1))))
-            z = guess.sample(jax.random.key(seed + 2))
-            guess = model.posterior_guess(jnp.asarray(kept))
-            of_kept = guess.sample(jax.random.key(seed + 5))
+            untrained = ebm.hierarchical_vae(jax.random.key(seed), LAYERS, likelihood_of(pixels, 0.2))
+            model = trained(untrained, images, seed)
+            z = encoded(jax.random.key(seed + 2), model, images, COPIES)
+            of_kept = encoded(jax.random.key(seed + 5), model, kept)
             for name, drawn_by, draws, seconds in priors(model, z, seed):
                 drawn, evaluations = zip(*(draws(jax.random.key(draw)) for draw in range(3)), strict=True)
                 areas = [ebm.classifier_auc(jax.random.key(draw), each, of_kept) for draw, each in enumerate(drawn)]

@@ -87,18 +87,25 @@ def falling(rate: float, num_steps: int) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(rate, num_steps))
 
 
-def trained_vae(images: np.ndarray, pixels: str, seed: int) -> ebm.LatentModel:
-    shape = (28, 28)
-    likelihood = ebm.BernoulliLikelihood(shape) if pixels == "bits" else ebm.GaussianLikelihood(shape, scale=0.3)
-    model = ebm.vae(jax.random.key(seed), LATENT, likelihood)
+def likelihood_of(pixels: str, scale: float) -> Any:
+    """Of a pixel; the scale of the noise of grey ones is learned from here."""
+    return ebm.BernoulliLikelihood((28, 28)) if pixels == "bits" else ebm.GaussianLikelihood((28, 28), scale=scale)
+
+
+def trained(model: Any, images: np.ndarray, seed: int) -> ebm.LatentModel:
     how: dict[str, Any] = {"num_steps": VAE_STEPS, "optimiser": optax.adam(1e-3), "averaging": 0.99}
     return ebm.fit(jax.random.key(seed + 1), model, images, ebm.EvidenceBound(), progress_bar=False, **how).energy
 
 
+def encoded(key: jax.Array, model: ebm.LatentModel, images: np.ndarray, copies: int = 1) -> jax.Array:
+    """Draws of the encoder, as many for each image as there are copies."""
+    guess: Any = model.posterior_guess(jnp.asarray(np.tile(images, (copies, 1, 1))))
+    return guess.sample(key)
+
+
 def learned_priors(model: ebm.LatentModel, images: np.ndarray, seed: int) -> Any:
     """The model with its prior by each objective, and the seconds of the processor that it took."""
-    guess: Any = model.posterior_guess(jnp.asarray(np.tile(images, (COPIES, 1, 1))))
-    z = guess.sample(jax.random.key(seed + 2))
+    z = encoded(jax.random.key(seed + 2), model, images, COPIES)
     for name, objective in OBJECTIVES.items():
         start = time.process_time()
         energy = ebm.MLPEnergy(jax.random.key(seed + 3), LATENT, 128, 2)
@@ -123,7 +130,7 @@ def main() -> None:
             best = ebm.frechet_distance(features(images[:DRAWN]), features(kept))
             print(f"| {pixels} | {seed} | (digits of the training) | | {best:.1f} | |")
             start = time.process_time()
-            plain = trained_vae(images, pixels, seed)
+            plain = trained(ebm.vae(jax.random.key(seed), LATENT, likelihood_of(pixels, 0.3)), images, seed)
             models = [("normal", plain, time.process_time() - start)]
             for name, model, seconds in (*models, *learned_priors(plain, images, seed)):
                 hole = ebm.latent_diagnostics(jax.random.key(0), model, kept)["prior_hole"].to_dataset()
