@@ -119,7 +119,8 @@ class EnergyDistribution(dist.Distribution):
     Args:
         energy: callable on one event, in nats. A plain function, a lambda or an `equinox.Module`; use a module where
             the distribution must pass through `jax.jit`, `lax.scan` or NumPyro's `scan`. One that has a method
-            `draw_tilted(key, num)`, of draws of base(x) exp(-U(x)), is drawn by it, at an inverse temperature of one.
+            `draw_tilted(key, num)`, of draws of base(x) exp(-U(x)), is drawn by it, at an inverse temperature of one;
+            one that has a method `check_base(base)` may refuse the base.
         base: any normalised NumPyro distribution, a flow included.
         beta: inverse temperature, broadcastable with `base.batch_shape`.
         log_partition: `log Z` in nats for each element of the batch, where it is known in closed form or otherwise;
@@ -151,6 +152,9 @@ class EnergyDistribution(dist.Distribution):
         if tilted_parts(base):
             raise EnergyError("The base of an EnergyDistribution must be normalised: add the energies instead.")
         check_inverse_temperature(beta, _describe(energy))
+        check_base: Any = getattr(energy, "check_base", None)
+        if check_base is not None:
+            check_base(base)
         self.ignores_partition = isinstance(log_partition, str)
         if self.ignores_partition and log_partition != "ignore":
             raise EnergyError(f"log_partition is an array, None or 'ignore'; got {log_partition!r}.")

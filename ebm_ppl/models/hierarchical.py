@@ -41,6 +41,7 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -255,13 +256,17 @@ class DiffusionPrior(Energy):
         return self.conditional(x) - x @ x / 2
 
     def check_base(self, base: Any) -> None:
-        """Refuses a base that is not N(0, I)."""
-        kind = base
+        """Refuses a base that is not N(0, I), where its parameters are known."""
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(base)):
+            return
+        kind: Any = base
         while isinstance(kind, WRAPPERS):
             kind = kind.base_dist
-        if not (isinstance(kind, dist.Normal) and np.all(kind.loc == 0) and np.all(kind.scale == 1)):
+        # By NumPy: inside a trace JAX would trace the comparison of what is known, too.
+        is_normal = isinstance(kind, dist.Normal)
+        if not (is_normal and np.all(np.asarray(kind.loc) == 0) and np.all(np.asarray(kind.scale) == 1)):
             raise EnergyError(
-                f"DiffusionPrior is an energy relative to N(0, I), and the base of this model is {base}: use "
+                f"DiffusionPrior is an energy relative to N(0, I), and the base here is {base}: use "
                 "EnergyDistribution(energy, base) with an energy that was trained with that base."
             )
 

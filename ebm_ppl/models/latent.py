@@ -127,13 +127,12 @@ class LatentModel(eqx.Module):
         """The same model with another tilt of its base, or none.
 
         Raises:
-            EnergyError: where an energy has a method `check_base` that refuses the model's.
+            EnergyError: where the energy refuses the model's base.
         """
-        check_base: Any = getattr(energy, "check_base", None)
-        if check_base is not None:
-            check_base(self.base)
         parts = (energy, log_partition)
-        return eqx.tree_at(lambda model: (model.energy, model.log_partition), self, parts, is_leaf=lambda x: x is None)
+        model = eqx.tree_at(lambda model: (model.energy, model.log_partition), self, parts, is_leaf=lambda x: x is None)
+        _require_shape(model.prior.event_shape, (model.latent_dim,), "The prior of z")  # made here, or refused
+        return model
 
     def given(self, z: Array) -> Any:
         """p(x | z), whose batch is that of z, shape (*batch, latent_dim)."""

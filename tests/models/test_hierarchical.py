@@ -201,6 +201,8 @@ def test_what_cannot_be_is_refused():
     wide = ebm.vae(key, 2, likelihood, width=8, base=dist.Normal(jnp.zeros(2), 2.0).to_event(1))
     with pytest.raises(ebm.EnergyError, match=r"relative to N\(0, I\)"):
         wide.with_prior(ebm.DiffusionPrior(energy_at_rest()))
+    with pytest.raises(ebm.EnergyError, match=r"relative to N\(0, I\)"):
+        ebm.EnergyDistribution(ebm.DiffusionPrior(energy_at_rest()), wide.base)
     with pytest.raises(ebm.EnergyError, match="moves_from"):
         ebm.RecoveryLikelihood(LEVELS, moves_from="data")
     with pytest.raises(ebm.EnergyError, match="weight"):
