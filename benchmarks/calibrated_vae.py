@@ -29,6 +29,16 @@ import ebm_ppl as ebm
 CALIBRATION = ebm.Calibration(step_size=0.1, tolerance=0.1, rate=0.1)
 
 
+def objectives(seed: int) -> dict[str, Any]:
+    """By name of the VAE that comes of it."""
+    perceptron = eqx.nn.MLP(784, "scalar", 256, 2, jax.nn.softplus, key=jax.random.key(seed + 2))
+    energy = ebm.SpectralNorm(eqx.nn.Sequential([eqx.nn.Lambda(jnp.ravel), perceptron]))
+    return {
+        "plain": ebm.EvidenceBound(),
+        "calibrated": ebm.Calibrated(ebm.EvidenceBound(), energy, CALIBRATION),
+    }
+
+
 def trained(seed: int, images: np.ndarray, objective: Any, num_steps: int) -> Any:
     model = ebm.vae(jax.random.key(seed), LATENT, ebm.GaussianLikelihood((28, 28), scale=0.3))
     slow = "energy" if isinstance(objective, ebm.Calibrated) else "model"
@@ -56,13 +66,7 @@ def main() -> None:
         features = classifier_features(images, labels[:TRAINED])
         best = ebm.frechet_distance(features(images[:DRAWN]), features(kept))
         print(f"| {seed} | (digits of the training) | {best:.1f} | | | | |", flush=True)
-        perceptron = eqx.nn.MLP(images[0].size, "scalar", 256, 2, jax.nn.softplus, key=jax.random.key(seed + 2))
-        energy = ebm.SpectralNorm(eqx.nn.Sequential([eqx.nn.Lambda(jnp.ravel), perceptron]))
-        objectives = {
-            "plain": ebm.EvidenceBound(),
-            "calibrated": ebm.Calibrated(ebm.EvidenceBound(), energy, CALIBRATION),
-        }
-        for name, objective in objectives.items():
+        for name, objective in objectives(seed).items():
             spent, fitted = timed(partial(trained, seed, images, objective, options.steps))
             away = [
                 ebm.frechet_distance(features(drawn(fitted.energy, jax.random.key(k))), features(kept))
