@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.sparse
-from records import as_header, as_row, timed
+from records import as_header, as_row, timed, with_error
 
 import ebm_ppl as ebm
 from ebm_ppl.models.graph_ebm import SCALES
@@ -175,12 +175,6 @@ def one_seed(seed: int) -> Found:
             found.accuracy[name, shift] = float(np.mean(p.argmax(axis=1) == label))
             found.calibration[name, shift] = ebm.calibration(p, label).error
     return found
-
-
-def with_error(values: list[float]) -> str:
-    """Mean over seeds, and its standard error."""
-    error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{error}"
 
 
 def print_shifts(seeds: list[int]) -> None:

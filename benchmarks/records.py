@@ -11,6 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 Record = dict[str, Any]
 
 
@@ -73,6 +76,13 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def with_error(values: ArrayLike, form: str = ".3f") -> str:
+    """Mean of independent values, and where there is more than one its standard error."""
+    values = np.asarray(values)
+    error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{error}"
 
 
 def as_row(*cells: str) -> str:
