@@ -71,7 +71,7 @@ from ebm_ppl.train.objective import (
     with_parameters,
     without_gradient,
 )
-from ebm_ppl.train.recovery import recovered
+from ebm_ppl.train.recovery import recovered, warn_of_bad
 from ebm_ppl.train.walkers import Dynamics
 from ebm_ppl.typing import Array, EnergyError, EnergyShapeError, PRNGKey, as_key
 
@@ -327,7 +327,8 @@ def denoise(
 
     Returns:
         Group `posterior` with `x`, shape (chain=1, draw, *event_shape), and where there is an energy `sample_stats`
-        with that of each draw at the smallest level, `energy`, in nats.
+        with that of each draw at the smallest level, `energy`, in nats. Draws that are not finite, or have no finite
+        energy, are warned of.
 
     Raises:
         EnergyError: for no draws, or an energy without levels of noise.
@@ -338,6 +339,7 @@ def denoise(
     start = generator.reference if start is None else start
     density = density_from_start(energy if energy is not None else _flat, base, start, num)
     drawn, energies = _denoise(as_key(key), generator, density, start, num, dynamics, energy is not None)
+    warn_of_bad(np.column_stack([np.asarray(drawn).reshape(num, -1), energies]), "the generator or the energy is not")
     groups = {"posterior": {"x": np.asarray(drawn)[None]}}
     if energy is not None:
         groups["sample_stats"] = {"energy": np.asarray(energies)[None]}

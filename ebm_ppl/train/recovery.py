@@ -183,7 +183,7 @@ def recover(
     density = density_from_start(energy, base, start, num)
     draws = _recover(as_key(key), _Step(density, dynamics, moves_from), jnp.asarray(levels), start, num)
     if not isinstance(draws, jax.core.Tracer):
-        _warn_of_bad(np.asarray(draws))
+        warn_of_bad(np.asarray(draws), "the energy is not, or its slopes are too steep for the moves")
     return draws
 
 
@@ -240,12 +240,12 @@ def _require_reference(energy: Any, moves_from: str) -> None:
         )
 
 
-def _warn_of_bad(draws: np.ndarray) -> None:
+def warn_of_bad(draws: np.ndarray, why: str) -> None:
+    """Of those of a chain of noise that are not finite."""
     num_bad = np.sum(~np.isfinite(draws).reshape(len(draws), -1).all(axis=1))
     if num_bad:
         warnings.warn(
-            f"{num_bad} of {len(draws)} draws of the chain are not finite: the energy is not, or its slopes are too "
-            "steep for the moves. Smaller steps help, or more levels.",
+            f"{num_bad} of {len(draws)} draws of the chain are not finite: {why}. Smaller steps help, or more levels.",
             EnergyWarning,
             stacklevel=3,
         )

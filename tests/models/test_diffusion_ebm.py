@@ -45,6 +45,14 @@ class Bell(eqx.Module):
         return self.at(LEVELS[0])(x)
 
 
+class Torn(Bell):
+    """It is not a number where x[0] > 1."""
+
+    def at(self, sigma):
+        whole = super().at(sigma)
+        return lambda x: jnp.where(x[0] > 1, jnp.nan, whole(x))
+
+
 BELL = Bell(jnp.ones(()))
 
 
@@ -211,6 +219,18 @@ def test_moves_mend_a_generator_that_is_wrong():
         for energy in (None, BELL)
     )
     assert abs(near - SCALE**2) < 0.5 * abs(far - SCALE**2)
+
+
+def test_draws_that_are_not_finite_are_counted():
+    torn = eqx.tree_at(lambda g: g.log_noise, normal_generator(), replace_fn=lambda x: x * jnp.nan)
+    with pytest.warns(ebm.EnergyWarning, match="20 of 20 draws of the chain are not finite"):
+        tree = ebm.denoise(jax.random.key(0), torn, num=20)
+    assert not np.any(np.isfinite(tree["posterior"]["x"].values))
+    with pytest.warns(ebm.EnergyWarning, match="draws of the chain are not finite") as caught:
+        tree = ebm.denoise(jax.random.key(0), normal_generator(), Torn(jnp.ones(())), num=20)
+    num_bad = np.sum(np.isnan(tree["sample_stats"]["energy"].values))
+    assert 0 < num_bad < 20
+    assert str(caught[0].message).startswith(f"{num_bad} of 20 ")
 
 
 def adam(of_energy, of_generator, num_steps):
