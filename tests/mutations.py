@@ -46,6 +46,13 @@ _LATENT = "test_latent.py::test_log_p_is_unbiased_and_its_gradient_right_while_t
 
 MUTATIONS = (
     Mutation(
+        "a guess that is pulled after its draws by their distance",
+        "models/calibrated.py",
+        "jnp.mean(guess.log_prob(jax.lax.stop_gradient(moved)))",
+        "-jnp.mean(jnp.sum((guess.sample(key_draws) - jax.lax.stop_gradient(moved)) ** 2, axis=-1))",
+        ("models/test_calibrated.py::test_a_guess_that_is_the_posterior_stays_as_it_is",),
+    ),
+    Mutation(
         "nodes of a graph that are far from all data and have a say",
         "models/graph_ebm.py",
         "jnp.exp(jnp.minimum(energy.limit - independent, 0)) * (evidence + independent)",

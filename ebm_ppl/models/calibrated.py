@@ -13,7 +13,13 @@ is needed once the model is trained: its draws are those of `sample`.
 
 The moves are Langevin's at inverse temperature 2 s / sigma^2, few and short, so that x_K stays near x_0; what they draw
 is conditional on x_0, and not exp(-E). An energy whose slope has a bound, `SpectralNorm(...)`, keeps them so. Draws of
-an encoder are calibrated likewise: z_0 ~ q(z | x) moves down -log p(x, z), for which no energy is learned.
+an encoder are moved likewise, down -log p(x, z), for which no energy is learned, and at an inverse temperature of one,
+so that a guess that is the posterior stays as it is:
+
+    z_0 ~ q(z | x)        C = E[log q(z_0 | x) - log q(z_K | x)]        loss = (the model's own) - l E log q(z_K | x)
+
+The authors pull z_0 after z_K by the square of their distance. That is never small, two draws of one posterior being
+apart, and the pull makes q narrower than the posterior; by what q says of z_K it learns its width, too.
 
     y = A x + noise e             an image seen in part, at a lower resolution, or through noise: `restoration`
     z ~ prior exp(-b E(G(z)))     the energy, by `tilted`, tells which draws look like data
@@ -203,17 +209,25 @@ def _made(model: Any, key: PRNGKey, num: int) -> Array:
 
 
 class CalibratedGuess(_Calibrating):
-    """A VAE whose encoder's draws are moved down the energy of the posterior, -log p(x, z), and which follows them.
+    """A VAE whose encoder follows its draws to where Langevin moves take them, nearer to the posterior of the latents.
+
+    The record has `distance`, C in nats, which is zero where the encoder's guess is the posterior, and its `weight`.
 
     Args:
         objective: of the model: `EvidenceBound()`.
-        calibration: of the latents, with lengths in their units; with noise sqrt(2 step_size) its moves are Langevin's
-            own, at an inverse temperature of one.
+        calibration: of the latents: lengths in their units, the tolerance in nats. With noise sqrt(2 step_size) and no
+            hinge, which is slack without end, the moves are Langevin's own at an inverse temperature of one.
 
-    Reference: Luo et al. (2024).
+    Reference: Luo et al. (2024), but for the pull: see the module docstring.
+
+    Example:
+        >>> objective = ebm_ppl.CalibratedGuess(ebm_ppl.EvidenceBound())
+        >>> fitted = ebm_ppl.fit(jax.random.key(1), ebm_ppl.vae(key, 16, likelihood), digits, objective)
     """
 
-    calibration: Calibration = Calibration(step_size=0.01, noise=0.02**0.5)
+    calibration: Calibration = Calibration(
+        step_size=0.003, noise=0.006**0.5, slack=float("inf"), tolerance=0.5, weight=1.0
+    )
     name = "calibrated guess"
 
     def init(self, key: PRNGKey, density: Density, data: Array) -> tuple[Any, Any]:
@@ -227,10 +241,14 @@ class CalibratedGuess(_Calibrating):
         of_model, (own, told) = self.objective.loss(key_own, density, parameters, state.own, batch)
         model: Any = density.energy
         fixed, x = without_gradient(model), batch.reshape(-1, *density.event_shape)
-        guessed = model.posterior_guess(x).sample(key_draws)
-        slope = jax.grad(lambda z: jnp.sum(fixed.joint_energy(x, z)))
-        _, pull, weight, of_moves = self.calibration.constrained(key_moves, guessed, slope, state.weight)
-        return of_model + pull, (State(weight, own), told | of_moves)
+        guess = model.posterior_guess(x)
+        start = jax.lax.stop_gradient(guess.sample(key_draws))
+        moved = self.calibration.moved(key_moves, start, jax.grad(lambda z: jnp.sum(fixed.joint_energy(x, z))))
+        after = jnp.mean(guess.log_prob(jax.lax.stop_gradient(moved)))
+        distance = jax.lax.stop_gradient(jnp.mean(guess.log_prob(start)) - after)
+        weight = self.calibration.next_weight(state.weight, distance)
+        told |= {"distance": distance, "weight": state.weight}
+        return of_model - state.weight * after, (State(weight, own), told)
 
 
 class LinearOperator(eqx.Module):

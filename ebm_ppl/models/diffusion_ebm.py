@@ -94,7 +94,8 @@ class DenoisingGenerator(eqx.Module):
     Args:
         key: draws the weights.
         dim: length of a flat point.
-        levels: sigma_0, ..., sigma_T in units of the data, smallest first, as the energy has them.
+        levels: sigma_0, ..., sigma_T in units of the data, smallest first, as the energy has them. What g draws at one
+            step is a little wider than the y from which it learned the next: a last step of little noise loses least.
         latent_dim: of z; that of x where None.
         scale: s; the data should have mean zero, up to a fraction of it.
         width: units in each hidden layer of both networks, F and the encoder.
