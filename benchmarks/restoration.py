@@ -9,7 +9,7 @@ are damaged in three ways, each mildly and heavily:
 - 7 x 7 or 4 x 4: means of squares (with noise of .01).
 - noise: all pixels, with normal noise of that standard deviation.
 
-`ebm.restoration` is the posterior of the digit under each VAE, without its energy; its mean is by SMC of 250 particles.
+`ebm.restoration` is the posterior of the digit under each VAE, without its energy; its mean is by SMC of 100 particles.
 Interpolation is linear, from nearest neighbours beyond the hull of what is known; of noisy digits it is a normal
 filter, of the width that is best for 100 digits of the training. The error of a digit is the root mean square over
 pixels. Differences are paired, with their standard error over digits.
@@ -33,7 +33,7 @@ from scipy.ndimage import gaussian_filter
 
 import ebm_ppl as ebm
 
-SMC = ebm.SMC(250)
+SMC = ebm.SMC(100)
 STEPS = 2500
 GRID = np.stack(np.meshgrid(np.arange(28.0), np.arange(28.0), indexing="ij"), axis=-1).reshape(-1, 2)
 WIDTHS = np.arange(0.5, 5.0, 0.25)
@@ -83,7 +83,8 @@ def without_model(matrix: np.ndarray, noise: float, images: np.ndarray) -> Calla
 def mended(key: Any, model: Any, operator: Any, y: Any, noise: float) -> np.ndarray:
     """The posterior mean of a digit."""
     target = ebm.target(ebm.restoration, model, operator, y, noise)
-    draws = ebm.sample(key, target, SMC, progress_bar=False, log_likelihood=False)["posterior"]
+    how = {"num_chains": 1, "progress_bar": False, "log_likelihood": False}
+    draws = ebm.sample(key, target, SMC, **how)["posterior"]
     return draws["x"].values.mean(axis=(0, 1))
 
 
@@ -102,7 +103,7 @@ def errors(seed: int, damage: str, models: list[Any], images: np.ndarray, kept: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--digits", type=int, default=40)
+    parser.add_argument("--digits", type=int, default=100)
     parser.add_argument("--damages", nargs="+", default=list(DAMAGES), choices=list(DAMAGES))
     options = parser.parse_args()
     warnings.simplefilter("ignore", ebm.EnergyWarning)
