@@ -71,7 +71,7 @@ class Calibration(eqx.Module):
         step_size: s, of the energy's gradient.
         noise: sigma, in units of x.
         slack: of the hinge, in squared units of x.
-        tolerance: of C, in squared units of x.
+        tolerance: of C, in its units: squared units of x, or nats for a `CalibratedGuess`.
         weight, rate, largest: of C in the loss: l at first, how fast it follows, and its bound.
     """
 
@@ -109,19 +109,11 @@ class Calibration(eqx.Module):
         left = 1 - jnp.arange(1, self.num + 1, dtype=start.dtype) / self.num
         return jax.lax.scan(move, start, (jax.random.split(key, self.num), left))[0]
 
-    def constrained(
-        self, key: PRNGKey, start: Array, slope: Callable[[Array], Array], weight: Array
-    ) -> tuple[Array, Array, Array, Metrics]:
-        """x_K; l C, whose gradient pulls the start after it; l after the step; and what the record has."""
-        moved = self.moved(key, start, slope)
-        distance = jnp.mean(jnp.sum((start - moved) ** 2, axis=1))
-        told = {"distance": distance, "weight": weight}
-        return moved, weight * distance, self.next_weight(weight, distance), told
-
-    def next_weight(self, weight: Array, distance: Array) -> Array:
-        """l after a step."""
-        rise = self.rate * (jax.lax.stop_gradient(distance) - self.tolerance)
-        return jnp.clip(weight + rise, 0.0, self.largest)
+    def next_weight(self, weight: Array, distance: Array) -> tuple[Array, Metrics]:
+        """l after a step, and what the record has of it."""
+        distance = jax.lax.stop_gradient(distance)
+        rise = self.rate * (distance - self.tolerance)
+        return jnp.clip(weight + rise, 0.0, self.largest), {"distance": distance, "weight": weight}
 
 
 class State(NamedTuple):
@@ -191,9 +183,12 @@ class Calibrated(_Calibrating):
         fixed = without_gradient(energy)
         made = _made(density.energy, key_draws, len(batch)).reshape(len(batch), -1)
         slope = jax.vmap(jax.grad(fixed.tilt))
-        moved, pull, weight, of_moves = self.calibration.constrained(key_moves, made, slope, state.weight)
+        moved = self.calibration.moved(key_moves, made, slope)
+        distance = jnp.mean(jnp.sum((made - moved) ** 2, axis=1))
+        weight, of_moves = self.calibration.next_weight(state.weight, distance)
         of_energy, gap = energy_gap(energy, batch, moved)
-        return of_model + pull + of_energy, (State(weight, own), told | of_moves | {"energy_gap": gap})
+        total = of_model + state.weight * distance + of_energy
+        return total, (State(weight, own), told | of_moves | {"energy_gap": gap})
 
 
 def _made(model: Any, key: PRNGKey, num: int) -> Array:
@@ -245,10 +240,9 @@ class CalibratedGuess(_Calibrating):
         start = jax.lax.stop_gradient(guess.sample(key_draws))
         moved = self.calibration.moved(key_moves, start, jax.grad(lambda z: jnp.sum(fixed.joint_energy(x, z))))
         after = jnp.mean(guess.log_prob(jax.lax.stop_gradient(moved)))
-        distance = jax.lax.stop_gradient(jnp.mean(guess.log_prob(start)) - after)
-        weight = self.calibration.next_weight(state.weight, distance)
-        told |= {"distance": distance, "weight": state.weight}
-        return of_model - state.weight * after, (State(weight, own), told)
+        distance = jnp.mean(guess.log_prob(start)) - after
+        weight, of_moves = self.calibration.next_weight(state.weight, distance)
+        return of_model - state.weight * after, (State(weight, own), told | of_moves)
 
 
 class LinearOperator(eqx.Module):
