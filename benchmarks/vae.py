@@ -2,12 +2,12 @@
 
     python benchmarks/vae.py --seeds 3
 
-The same networks with the same first weights, size of batches and optimiser, by `ebm.fit` and by NumPyro: its
-`SVI.run`, with the data in a subsampled plate, and its `SVI.update`, in a scan over epochs by hand, with networks by
-`eqx_module` and the data shuffled anew for each epoch, which is as fast as its user can have it. Real digits of 28 x 28
-binary pixels, 4000 to train on and 1000 held out. Trainers take turns in one process, by the clock of its processor.
-A rate is by what a whole run takes longer than one of half as many epochs, so that what a run compiles (`SVI.run` anew
-each time) and checks counts for none.
+The same networks with the same first weights, size of batches and optimiser, by `ebm.fit` and by NumPyro, with
+Equinox's perceptrons by `eqx_module`: its `SVI.run`, with the data in a subsampled plate, and its `SVI.update`, in a
+scan over epochs by hand, with the data shuffled anew for each epoch, which is as fast as its user can have it. Real
+digits of 28 x 28 binary pixels, 4000 to train on and 1000 held out. Trainers take turns in one process, by the clock of
+its processor. A rate is by what a whole run takes longer than one of half as many epochs, so that what a run compiles
+(`SVI.run` anew each time) and checks counts for none.
 """
 
 from __future__ import annotations
@@ -51,13 +51,23 @@ def ours(model: ebm.LatentModel, data: np.ndarray) -> Callable[[Any, int], ebm.L
     return train
 
 
-def numpyros(model: ebm.LatentModel, data: np.ndarray, by_hand: bool) -> Callable[[Any, int], ebm.LatentModel]:
+def places(model: ebm.LatentModel) -> tuple[Any, Any]:
+    """Of encoder and decoder."""
+    return model.encoder.layers[1], model.decoder
+
+
+def plain_perceptrons(key: Any) -> tuple[eqx.nn.MLP, eqx.nn.MLP]:
+    """Equinox's own, of the same weights as those of `ebm.vae` by that key."""
+    key_encoder, key_decoder = jax.random.split(key)
+    encoder = eqx.nn.MLP(SIDE**2, 2 * LATENT, 256, 2, jax.nn.silu, key=key_encoder)
+    return encoder, eqx.nn.MLP(LATENT, SIDE**2, 256, 2, jax.nn.silu, key=key_decoder)
+
+
+def numpyros(
+    model: ebm.LatentModel, perceptrons: tuple[eqx.nn.MLP, eqx.nn.MLP], data: np.ndarray, by_hand: bool
+) -> Callable[[Any, int], ebm.LatentModel]:
     """NumPyro's `SVI.run`, with the data in a subsampled plate; or its updates in a scan over epochs, by hand."""
-
-    def places(model: ebm.LatentModel) -> tuple[Any, Any]:
-        return model.encoder.layers[1], model.decoder
-
-    perceptrons, rows = places(model), jnp.asarray(data.reshape(len(data), -1))
+    rows = jnp.asarray(data.reshape(len(data), -1))
 
     @contextlib.contextmanager
     def plate(x: jax.Array) -> Iterator[jax.Array]:
@@ -123,9 +133,12 @@ def main() -> None:
     for seed in range(options.seeds):
         key_model, key_train, key_bound = jax.random.split(jax.random.key(seed), 3)
         model = ebm.vae(key_model, LATENT, ebm.BernoulliLikelihood((SIDE, SIDE)))
+        perceptrons = plain_perceptrons(key_model)
+        weights = (jax.tree.leaves(eqx.filter(each, eqx.is_array)) for each in (perceptrons, places(model)))
+        assert all(np.array_equal(theirs, ours) for theirs, ours in zip(*weights, strict=True))
         trainers = {
-            "SVI.run": numpyros(model, data, by_hand=False),
-            "SVI.update": numpyros(model, data, by_hand=True),
+            "SVI.run": numpyros(model, perceptrons, data, by_hand=False),
+            "SVI.update": numpyros(model, perceptrons, data, by_hand=True),
             "ebm.fit": ours(model, data),
         }
         fitted = {name: train(key_train, options.epochs) for name, train in trainers.items()}

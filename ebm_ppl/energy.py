@@ -127,12 +127,17 @@ class MLPEnergy(Energy):
         return self.network(x)
 
 
+FEW = 64
+"""Inputs of a linear layer, as measured with batches of 128 and of 1280 points."""
+
+
 class _Widening(eqx.nn.Linear):
-    """A linear layer with more outputs than inputs.
+    """A linear layer of few inputs and more outputs.
 
     The gradient of its weights is `slopes' points` of slopes[batch, outputs] and points[batch, inputs]. XLA multiplies
     those on the CPU by way of a transpose of the larger one, which takes five to twelve times as long as `points'
-    slopes` where two inputs have 128 outputs, and would make the former of the latter, but for the barrier.
+    slopes` where two inputs have 128 outputs, four times where 16 have 256, and would make the former of the latter,
+    but for the barrier. Where inputs are many the products are the longer part, and suffer from the barrier.
     """
 
     def __init__(self, layer: eqx.nn.Linear):
@@ -151,7 +156,9 @@ def quickened(network: Any) -> Any:
         if type(layer) is not eqx.nn.Linear:
             return layer
         inputs, outputs = layer.in_features, layer.out_features
-        return _Widening(layer) if isinstance(inputs, int) and isinstance(outputs, int) and inputs < outputs else layer
+        if not (isinstance(inputs, int) and isinstance(outputs, int)):
+            return layer
+        return _Widening(layer) if inputs < outputs and inputs <= FEW else layer
 
     return jax.tree.map(quicker, network, is_leaf=lambda node: isinstance(node, eqx.nn.Linear))
 

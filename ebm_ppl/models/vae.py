@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
 
+from ebm_ppl.energy import quickened
 from ebm_ppl.models.latent import LatentModel
 from ebm_ppl.models.likelihood import Likelihood
 from ebm_ppl.networks import ConvNetwork, DeconvNetwork
@@ -71,8 +72,8 @@ def vae(
     shape, num_outputs = likelihood.event_shape, likelihood.num_outputs
     if channels is None:
         perceptron = eqx.nn.MLP(math.prod(shape), 2 * latent_dim, width, depth, activation, key=key_encoder)
-        encoder = eqx.nn.Sequential([eqx.nn.Lambda(jnp.ravel), perceptron])
-        decoder: Any = eqx.nn.MLP(latent_dim, num_outputs, width, depth, activation, key=key_decoder)
+        encoder = eqx.nn.Sequential([eqx.nn.Lambda(jnp.ravel), quickened(perceptron)])
+        decoder: Any = quickened(eqx.nn.MLP(latent_dim, num_outputs, width, depth, activation, key=key_decoder))
     else:
         each = num_outputs // math.prod(shape)
         encoder = ConvNetwork(key_encoder, shape, channels, 2 * latent_dim, activation)
