@@ -2,8 +2,8 @@
 
     python benchmarks/restoration.py --seeds 1 2 3
 
-The VAEs are those of `calibrated_vae.py`, trained on 4000 digits of each seed; `--digits` of the 1000 that were kept
-are damaged in three ways, each mildly and heavily:
+The VAEs are those of `calibrated_vae.py`, trained on `--trained` digits of each seed; `--digits` of the 1000 that were
+kept are damaged in three ways, each mildly and heavily:
 
 - 196 or 39 pixels of 784, at random places, are known (with noise of .01).
 - 7 x 7 or 4 x 4: means of squares (with noise of .01).
@@ -34,7 +34,6 @@ from scipy.ndimage import gaussian_filter
 import ebm_ppl as ebm
 
 SMC = ebm.SMC(100)
-STEPS = 2500
 GRID = np.stack(np.meshgrid(np.arange(28.0), np.arange(28.0), indexing="ij"), axis=-1).reshape(-1, 2)
 WIDTHS = np.arange(0.5, 5.0, 0.25)
 """Of the filter."""
@@ -105,14 +104,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--digits", type=int, default=100)
     parser.add_argument("--damages", nargs="+", default=list(DAMAGES), choices=list(DAMAGES))
+    parser.add_argument("--trained", type=int, default=TRAINED, help="digits to train on, of 4000")
+    parser.add_argument("--steps", type=int, default=2500)
     options = parser.parse_args()
     warnings.simplefilter("ignore", ebm.EnergyWarning)
     columns = "seed", "damage", "interpolation", "plain", "calibrated", "calibrated less plain", "processor s"
     print(as_header(*columns))
     for seed in options.seeds:
         images = digits("shades", seed)[0]
-        images, kept = images[:TRAINED], images[TRAINED : TRAINED + options.digits]
-        models = [trained(seed, images, objective, STEPS).energy for objective in objectives(seed).values()]
+        images, kept = images[: options.trained], images[TRAINED : TRAINED + options.digits]
+        models = [trained(seed, images, objective, options.steps).energy for objective in objectives(seed).values()]
         for damage in options.damages:
             seconds, found = timed(partial(errors, seed, damage, models, images, kept))
             means = (f"{each:.4f}" for each in found.mean(axis=0))
