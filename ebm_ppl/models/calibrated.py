@@ -141,7 +141,8 @@ class _Calibrating(Objective):
 class Calibrated(_Calibrating):
     """A generator trained by an objective of its own, and calibrated by an energy that is trained beside it.
 
-    The record has `distance`, C, its `weight`, and the `energy_gap`.
+    The record has `distance`, C, its `weight`, and the `energy_gap`. A flow had better be one of splines, which hold
+    its draws: those of affine couplings may run down the energy faster than that learns to rise before them.
 
     Args:
         objective: of the model: `EvidenceBound()` of a `vae`, `MaximumLikelihood()` of a `FlowModel`.
